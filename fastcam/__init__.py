@@ -1,0 +1,41 @@
+"""fastcam: attribution maps at about the cost of the forward pass they explain, by fused kernels."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from fastcam.backends import backend, backends
+from fastcam.explainer import Attribution, Explainer, attribute
+from fastcam.methods import methods
+
+__version__ = "0.1.0"
+__all__ = ["Attribution", "Explainer", "__version__", "attribute", "backend", "backends", "methods", "ops"]
+
+
+def _adopt_checkout_kernels(pkg: str = __name__) -> None:
+    """Let a bare checkout find `kernels/` as `fastcam.kernels`; an installed package has it already."""
+    full, root = pkg + ".kernels", Path(__file__).resolve().parent.parent / "kernels"
+    if importlib.util.find_spec(full) or not (root / "__init__.py").is_file():
+        return
+    spec = importlib.util.spec_from_file_location(full, root / "__init__.py", submodule_search_locations=[str(root)])
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[full] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[full]
+        raise
+    sys.modules[pkg].kernels = module  # type: ignore[attr-defined]  # else `fastcam.kernels` is no attribute
+
+
+_adopt_checkout_kernels()
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return importlib.import_module("fastcam.ops")
+    raise AttributeError(f"module 'fastcam' has no attribute {name!r}")

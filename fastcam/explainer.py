@@ -1,0 +1,350 @@
+"""The one way in: `attribute` for a call, `Explainer` for many."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastcam import methods as registry
+from fastcam.methods._maps import finish
+from fastcam.methods._method import CamOptions, Passage
+from fastcam.program.capture import CaptureError, Program, capture
+from fastcam.program.cut import cut
+from fastcam.program.execute import Weights
+from fastcam.program.forward import Forward
+from fastcam.program.hooks import HookCut, hook_cut
+from fastcam.program.layers import LayerNotInProgram, check_spatial, find_layer, layer_names
+from fastcam.program.state import neutral_modes, unwrap
+from fastcam.program.targets import Targets, TargetSpec, resolve_targets
+
+__all__ = ["Attribution", "Explainer", "attribute"]
+
+log = logging.getLogger("fastcam")
+
+_PRECISIONS = {
+    "fp64": torch.float64,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@dataclass(frozen=True, eq=False)
+class Attribution:
+    """Attribution maps of a batch of B images, T targets each where several were asked for; h x w is the layer's size.
+
+    maps     (B, H, W) or (B, T, H, W); in [0, 1] where normalised
+    raw      (B, h, w) or (B, T, h, w): the map at layer size, after the method's ReLU, before normalisation
+    scores   the model's output
+    targets  (B,) or (B, T) class indices, or the callable
+    weights  (B, K) or (B, T, K) channel coefficients, or None where the method has none
+    delta    completeness residual, or None where the method has none
+    valid    (B,) bool; False where the map was masked because something was not finite or a target did not exist
+    layer    name of the layer
+    method   name of the method
+    options  the method's options as used
+
+    All tensors are on the images' device and carry no gradient. Maps are float32, or float64 for float64 images.
+    """
+
+    maps: torch.Tensor
+    raw: torch.Tensor
+    scores: Any
+    targets: Any
+    weights: torch.Tensor | None
+    delta: torch.Tensor | None
+    valid: torch.Tensor
+    layer: str
+    method: str
+    options: dict[str, Any]
+
+    def __repr__(self) -> str:
+        shape = ", ".join(str(size) for size in self.maps.shape)
+        return f"Attribution(method={self.method!r}, layer={self.layer!r}, maps=({shape}) {self.maps.dtype})"
+
+
+class Explainer:
+    """A method bound to a model; keeps the capture, the head's analysis and converted weights between calls.
+
+        explainer = fastcam.Explainer(model, "grad_cam")
+        result = explainer(images)                        # result.maps: (B, H, W)
+
+    model          any module that maps an image batch (B, C, *spatial) to scores; never modified. In train mode it is
+                   explained as in evaluation mode, with one warning.
+    method         a name from `fastcam.methods()`
+    layer          None: the last spatial feature map · a dotted module name · a module
+    size           "input": the images' size · "layer": the layer's · (H, W)
+    normalize      min-max scale each map to [0, 1] after resizing; a constant map becomes zeros
+    precision      None: the model's own · "bf16", "fp16", "fp32", "fp64": run the network with converted weights
+    channels_last  run the network in channels_last layout
+    compile        run trunk and head through `torch.compile`
+    options        the method's options; an unknown one is an error that lists the known ones
+
+    Raises ValueError or TypeError for an unknown method, option, layer, precision or size.
+    Cost: one trace of the network at the first call for an image size (about a second for a ResNet-50), shared by all
+    explainers of the model; from then on the forward pass, the head's backward pass where the head is not affine, and
+    one fused op. Weights are read from the model at every call.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str = "grad_cam",
+        *,
+        layer: str | nn.Module | None = None,
+        size: str | Sequence[int] = "input",
+        normalize: bool = True,
+        precision: str | None = None,
+        channels_last: bool = False,
+        compile: bool = False,
+        **options: Any,
+    ):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+        if precision is not None and precision not in _PRECISIONS:
+            raise ValueError(f"precision must be None or one of {', '.join(_PRECISIONS)}; got {precision!r}")
+        self.model = unwrap(model)
+        self.method = registry.get(method)
+        self.options = self.method.make_options(options)
+        self.normalize = normalize
+        self.size = _check_size(size)
+        if layer is not None:
+            layer_names(self.model, layer)  # an unknown layer is an error now, not at the first call
+        self.layer = layer
+        self.precision = precision
+        self.channels_last = channels_last
+        self.compile = compile
+        self._weights: weakref.WeakKeyDictionary[Program, Weights] = weakref.WeakKeyDictionary()
+
+    def __repr__(self) -> str:
+        return f"Explainer({type(self.model).__name__}, {self.method.name!r}, layer={self.layer!r})"
+
+    def __call__(self, images: torch.Tensor, targets: TargetSpec = None) -> Attribution:
+        """Attribution maps of `images` (B, C, *spatial) for `targets`, documented at `fastcam.attribute`."""
+        _check_images(images)
+        _warn_if_training(self.model)
+        if images.shape[0] == 0:
+            return self._empty(images, targets)
+        with neutral_modes():
+            return self._explain(images, targets)
+
+    def _explain(self, images: torch.Tensor, targets: TargetSpec) -> Attribution:
+        by_index = not callable(targets) or isinstance(targets, torch.Tensor)
+        passed = self._pass(images, by_index)
+        resolved = resolve_targets(targets, passed.output, len(images))
+        features = passed.features
+        if self.options.reshape_transform is not None:
+            features = self.options.reshape_transform(features)
+        check_spatial(
+            (None, *features.shape[1:]), passed.layer, images.ndim - 2, self.options.reshape_transform is not None
+        )
+        size = self._map_size(images, features, passed.layer)
+        passage = Passage(passed, features, resolved, self.options, closed=passed.uniform)
+        evidence = self.method.evidence(passage, self.options)
+        maps, raw, finite = finish(features, evidence, self.options.relu, self.normalize, size)
+        maps, raw, valid = self._check_finite(maps, raw, finite, passed, features, resolved)
+        return Attribution(
+            maps=maps,
+            raw=raw,
+            scores=passed.output,
+            targets=resolved.indices if resolved.indices is not None else resolved.score,
+            weights=evidence.weights,
+            delta=None,
+            valid=valid,
+            layer=passed.layer,
+            method=self.method.name,
+            options=dataclasses.asdict(self.options),
+        )
+
+    def _pass(self, images: torch.Tensor, by_index: bool) -> Forward:
+        """One pass through the network, captured where possible, else by a hook."""
+        parameter = next((p for p in self.model.parameters() if p.is_floating_point()), None)
+        _check_match(images, parameter, self.precision)
+        own = parameter.dtype if parameter is not None else images.dtype
+        try:
+            program = capture(self.model, images.to(own))
+            feature, name = find_layer(program, self.model, self.layer, images.ndim - 2)
+        except (CaptureError, LayerNotInProgram) as reason:
+            return self._pass_by_hook(images, str(reason))
+        if program not in self._weights:
+            dtype = _PRECISIONS[self.precision] if self.precision is not None else None
+            self._weights[program] = Weights(program, self.model, dtype, self.channels_last)
+        dtype = _PRECISIONS[self.precision] if self.precision is not None else own
+        four = self.channels_last and images.ndim == 4
+        converted = images.to(dtype=dtype, memory_format=torch.channels_last if four else torch.preserve_format)
+        leaves = self._weights[program].values()
+        return cut(program, feature, name).forward(
+            converted, leaves, gradients=self.method.gradients, by_index=by_index, compiled=self.compile
+        )
+
+    def _pass_by_hook(self, images: torch.Tensor, reason: str) -> Forward:
+        unmet = [
+            text
+            for text, asked in (
+                (f"precision={self.precision!r}", self.precision is not None),
+                ("channels_last=True", self.channels_last),
+                ("compile=True", self.compile),
+            )
+            if asked
+        ]
+        if unmet:
+            raise RuntimeError(f"{' and '.join(unmet)} needs a captured network, but {reason}")
+        log.info("%s is explained through a forward hook: %s", type(self.model).__name__, reason)
+        found: HookCut = hook_cut(self.model, self.layer, images)
+        return found.forward(images, gradients=self.method.gradients)
+
+    def _map_size(self, images: torch.Tensor, features: torch.Tensor, layer: str) -> tuple[int, ...] | None:
+        if math.prod(features.shape[2:]) == 1 and self.normalize:
+            raise ValueError(
+                f"layer '{layer}' has a single position, whose min-max scaled map says nothing; "
+                "choose a layer with spatial extent, or pass normalize=False"
+            )
+        if self.size == "layer":
+            return None
+        if self.size == "input":
+            return tuple(images.shape[2:])
+        size = tuple(int(s) for s in self.size)
+        if len(size) != images.ndim - 2:
+            raise ValueError(f"size={size} does not fit images with {images.ndim - 2} spatial dimensions")
+        return size
+
+    def _check_finite(
+        self,
+        maps: torch.Tensor,
+        raw: torch.Tensor,
+        finite: torch.Tensor,
+        passed: Forward,
+        features: torch.Tensor,
+        targets: Targets,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Raise, or mask and flag, where a map is not finite."""
+        valid = finite if finite.ndim == 1 else finite.all(dim=1)
+        output = passed.output
+        if isinstance(output, torch.Tensor) and output.is_floating_point() and output.shape[:1] == valid.shape:
+            valid = valid & output.isfinite().flatten(1).all(dim=1)
+        if targets.valid is not None:
+            valid = valid & targets.valid
+        behaviour = self.options.on_nonfinite or ("raise" if maps.device.type == "cpu" else "mask")
+        if behaviour == "raise":
+            if not bool(valid.all()):
+                raise ValueError(_nonfinite_message(valid, features, output, passed.layer, self.method.name))
+            return maps, raw, valid
+        keep = valid.reshape(-1, *(1,) * (maps.ndim - 1))
+        zero = maps.new_zeros(())
+        return torch.where(keep, maps, zero), torch.where(keep, raw, zero), valid
+
+    def _empty(self, images: torch.Tensor, targets: TargetSpec) -> Attribution:
+        """The result for no images: one made-up image goes through, and nothing of it is kept."""
+        with neutral_modes():
+            one = self._explain(images.new_zeros((1, *images.shape[1:])), None)
+            nothing = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t[:0], one.scores)
+            resolved = resolve_targets(targets, nothing, 0)
+        several = (resolved.indices.shape[1],) if resolved.several and resolved.indices is not None else ()
+
+        def shaped(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.new_zeros((0, *several, *tensor.shape[1:]))
+
+        return dataclasses.replace(
+            one,
+            maps=shaped(one.maps),
+            raw=shaped(one.raw),
+            scores=nothing,
+            targets=resolved.indices if resolved.indices is not None else resolved.score,
+            weights=None if one.weights is None else shaped(one.weights),
+            valid=one.valid[:0],
+        )
+
+
+def attribute(
+    model: nn.Module,
+    images: torch.Tensor,
+    method: str = "grad_cam",
+    *,
+    targets: TargetSpec = None,
+    layer: str | nn.Module | None = None,
+    size: str | Sequence[int] = "input",
+    normalize: bool = True,
+    **options: Any,
+) -> Attribution:
+    """Attribution maps of a batch of images.
+
+        result = fastcam.attribute(model, images, "grad_cam", targets="top3")     # result.maps: (B, 3, H, W)
+
+    images   (B, C, *spatial) floating point, prepared as the model expects; B may be 0
+    targets  None: arg-max of each image · int: that class for all · list of B ints · integer tensor (B,) or (B, T) ·
+             "top5": the five highest of each image · callable: model output -> one score an image
+
+    The other arguments are those of `Explainer`, whose docstring gives errors and cost; this is
+    `Explainer(model, method, ...)(images, targets)`. Capture is shared between calls.
+    """
+    return Explainer(model, method, layer=layer, size=size, normalize=normalize, **options)(images, targets)
+
+
+def _check_images(images: Any) -> None:
+    if not isinstance(images, torch.Tensor):
+        raise TypeError(f"images must be a torch.Tensor (B, C, *spatial); got {type(images).__name__}")
+    if not images.is_floating_point():
+        raise TypeError(f"images must be floating point, prepared as the model expects; got {images.dtype}")
+    if images.ndim not in (3, 4, 5):
+        raise ValueError(
+            f"images must be (B, C, L), (B, C, H, W) or (B, C, D, H, W); got shape {tuple(images.shape)}"
+            + (", is the batch dimension missing?" if images.ndim == 2 else "")
+        )
+    if 0 in images.shape[1:]:
+        raise ValueError(f"images of shape {tuple(images.shape)} hold no pixels")
+
+
+def _check_match(images: torch.Tensor, parameter: torch.Tensor | None, precision: str | None) -> None:
+    if parameter is None:
+        return
+    if parameter.device != images.device:
+        raise ValueError(f"images are on {images.device} and the model is on {parameter.device}; move one to the other")
+    mixed = precision is not None or torch.is_autocast_enabled(images.device.type)
+    if parameter.dtype != images.dtype and not mixed:
+        raise TypeError(
+            f"images are {images.dtype} and the model's parameters are {parameter.dtype}; "
+            "convert the images, or pass precision= to run the network in another precision"
+        )
+
+
+def _warn_if_training(model: nn.Module) -> None:
+    if model not in _warned and any(module.training for module in model.modules()):
+        _warned.add(model)
+        warnings.warn(
+            f"{type(model).__name__} is in train mode; it is explained as in evaluation mode and left as it is",
+            stacklevel=3,
+        )
+
+
+def _check_size(size: Any) -> Any:
+    if size in ("input", "layer") if isinstance(size, str) else False:
+        return size
+    numbers = isinstance(size, (tuple, list)) and all(isinstance(s, int) and not isinstance(s, bool) for s in size)
+    if not numbers or not size or min(size) < 1:
+        raise ValueError(f"size must be 'input', 'layer' or positive integers (H, W); got {size!r}")
+    return tuple(size)
+
+
+def _nonfinite_message(valid: torch.Tensor, features: torch.Tensor, output: Any, layer: str, method: str) -> str:
+    image = int((~valid).nonzero()[0])
+    count = int((~valid).sum())
+    if not bool(features[image].isfinite().all()):
+        what = f"the features of layer '{layer}' are"
+    elif isinstance(output, torch.Tensor) and not bool(output[image].isfinite().all()):
+        what = "the model's output is"
+    else:
+        what = f"the {method} map at layer '{layer}' is"
+    return (
+        f"{what} not finite for image {image} ({count} of {len(valid)} images affected); "
+        "check the images and weights for NaN, infinity or overflow, or pass on_nonfinite='mask' to get zeros there"
+    )

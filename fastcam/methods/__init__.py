@@ -1,0 +1,47 @@
+"""The registry of methods: one file for each method or tight family."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from typing import Any
+
+from . import cam, eigen_cam, grad_cam, grad_cam_pp, hires_cam, layer_cam, xgrad_cam
+from ._method import CamOptions, Evidence, Method, Passage
+
+__all__ = ["CamOptions", "Evidence", "Method", "Passage", "get", "methods"]
+
+_METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        cam.METHOD,
+        grad_cam.METHOD,
+        grad_cam_pp.METHOD,
+        xgrad_cam.METHOD,
+        hires_cam.METHOD,
+        layer_cam.METHOD,
+        eigen_cam.EIGEN_CAM,
+        eigen_cam.EIGEN_GRAD_CAM,
+    )
+}
+
+
+def get(name: str) -> Method:
+    """The method called `name`; ValueError with the closest names for one that does not exist."""
+    if name not in _METHODS:
+        close = difflib.get_close_matches(str(name), _METHODS, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise ValueError(f"there is no method {name!r}; {hint}methods: {', '.join(_METHODS)}")
+    return _METHODS[name]
+
+
+def methods() -> dict[str, dict[str, Any]]:
+    """Every method by name: a one-line `summary`, its `source`, and its `options` with their defaults."""
+    return {
+        name: {
+            "summary": method.summary,
+            "source": method.source,
+            "options": {field.name: field.default for field in dataclasses.fields(method.options)},
+        }
+        for name, method in _METHODS.items()
+    }

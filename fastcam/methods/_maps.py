@@ -1,0 +1,83 @@
+"""From evidence to maps: the shared end of all CAM-type methods, for any number of spatial dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.nn import functional
+
+from fastcam import ops
+
+from ._method import Evidence
+
+__all__ = ["finish", "planar", "positionwise"]
+
+Maps = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def planar(features: torch.Tensor, spatial_rank: int) -> torch.Tensor:
+    """(B[, T], K, *spatial) with two spatial dimensions, as the ops take them; a view where strides allow."""
+    if spatial_rank == 1:
+        return features.unsqueeze(-2)
+    return features if spatial_rank == 2 else features.flatten(-2)
+
+
+def positionwise(function: Callable[[torch.Tensor], torch.Tensor], gradients: torch.Tensor) -> torch.Tensor:
+    """An elementwise function of gradients; one value per channel where they are the same at every position."""
+    uniform = [dim for dim in range(2, gradients.ndim) if gradients.stride(dim) == 0]
+    compact = gradients
+    for dim in uniform:
+        compact = compact.narrow(dim, 0, 1)
+    return function(compact).expand_as(gradients)
+
+
+def finish(
+    features: torch.Tensor, evidence: Evidence, relu: bool, normalize: bool, size: Sequence[int] | None
+) -> Maps:
+    """Maps at `size` (None: layer size), maps at layer size after ReLU, and whether each is finite.
+
+    features  (B, K, *spatial);  returns (B[, T], *size), (B[, T], *spatial), (B[, T])
+
+    Resize is linear, bilinear or trilinear (align_corners=False); min-max scaling follows it, a constant map becomes
+    zeros. Two-dimensional maps take one fused op for all of it.
+    """
+    rank = features.ndim - 2
+    if evidence.projection is not None:
+        # A projection is a one-channel feature map with weight one, one row for each map.
+        rows = evidence.projection.flatten(0, -rank - 1).unsqueeze(1)
+        found = _reduce(rows, rows.new_ones((len(rows), 1)), relu, normalize, size)
+        lead = evidence.projection.shape[: -rank or None]
+        maps, raw, finite = (part.unflatten(0, lead) if len(lead) > 1 else part for part in found)
+        return maps, raw, finite
+    weights = evidence.weights if evidence.weights is not None else evidence.multipliers
+    assert weights is not None
+    return _reduce(features, weights, relu, normalize, size)
+
+
+def _reduce(
+    features: torch.Tensor, weights: torch.Tensor, relu: bool, normalize: bool, size: Sequence[int] | None
+) -> Maps:
+    rank = features.ndim - 2
+    if rank == 2:
+        return ops.cam_map_with_raw(features, weights, relu=relu, normalize=normalize, size=size)
+    if weights.ndim > 3:
+        weights = planar(weights, rank)
+    if rank == 1:
+        wide = None if size is None else (1, *size)
+        maps, raw, finite = ops.cam_map_with_raw(planar(features, rank), weights, relu=relu, normalize=normalize, size=wide)
+        return maps.squeeze(-2), raw.squeeze(-2), finite
+    _, flat, finite = ops.cam_map_with_raw(planar(features, rank), weights, relu=relu, normalize=False)
+    raw = flat.unflatten(-1, features.shape[-2:])
+    maps = raw if size is None else _trilinear(raw, size)
+    if normalize:
+        rows = maps.flatten(0, -4).flatten(1).unsqueeze(1).unsqueeze(1)
+        scaled = ops.cam_map(rows, rows.new_ones((len(rows), 1)), relu=False)
+        maps = torch.where(finite[..., None, None, None], scaled.reshape(maps.shape), torch.nan)
+    return maps, raw, finite
+
+
+def _trilinear(raw: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    rows = raw.flatten(0, -4).unsqueeze(1)
+    resized = functional.interpolate(rows, size=tuple(size), mode="trilinear", align_corners=False)
+    return resized.reshape(*raw.shape[:-3], *size)

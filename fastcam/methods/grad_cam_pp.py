@@ -1,0 +1,36 @@
+"""Grad-CAM++."""
+
+from __future__ import annotations
+
+from fastcam import ops
+
+from ._maps import planar
+from ._method import CamOptions, Evidence, Method, Passage
+
+__all__ = ["METHOD", "grad_cam_pp"]
+
+
+def grad_cam_pp(passage: Passage, options: CamOptions) -> Evidence:
+    """Channels weighted by their positive gradients, each position by how alone it is.
+
+    alpha_k = sum_ij a_k[i,j] relu(G_k[i,j]),  G = d y / d A,  S_k = sum_ij A_k[i,j]
+    a = G^2 / (2 G^2 + S_k G^3) = 1 / (2 + S_k G) where G != 0;  a = 0 where |2 + S_k G| < 1e-6
+    M = relu(sum_k alpha_k A_k)
+
+    The second spelling of a is exact and does not underflow. The score explained is the logit itself (the paper's
+    eq. 19 with y instead of exp(y) before the softmax, as all public implementations do).
+    Shapes: A and G (B, K, *spatial), alpha (B, K), M (B, *spatial); T targets add an axis after B.
+    Cost: as Grad-CAM.
+    Source: Chattopadhay et al., Grad-CAM++, WACV 2018, arXiv 1710.11063, eq. 10 and 19.
+    """
+    features, gradients = (planar(x, passage.spatial_rank) for x in (passage.features, passage.gradients()))
+    return Evidence(weights=ops.channel_weights(features, gradients, mode="grad_cam_pp"))
+
+
+METHOD = Method(
+    "grad_cam_pp",
+    "channels weighted by positive gradients, lone positions more",
+    "arXiv 1710.11063, eq. 10 and 19",
+    grad_cam_pp,
+    gradients=True,
+)

@@ -1,0 +1,9 @@
+"""Functional ops on tensors: checks, backend choice and autograd around one fused kernel each.
+
+The same ops stand at `torch.ops.fastcam.<name>` for graphs and C++; those are not differentiable on their own.
+"""
+
+from fastcam.ops.cam_map import cam_map, cam_map_with_raw
+from fastcam.ops.channel_weights import channel_weights
+
+__all__ = ["cam_map", "cam_map_with_raw", "channel_weights"]

@@ -1,0 +1,103 @@
+"""Argument checks shared by the ops: each message shows the offending value and the expected one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastcam._dtypes import ACCUMULATION, accumulation_dtype
+
+
+def check_features(op: str, features: Tensor) -> None:
+    """A strided floating (B,K,H,W) tensor with K, H and W at least 1."""
+    check_tensor(op, "features", features)
+    if features.dim() != 4:
+        raise ValueError(f"{op}: features must be (B,K,H,W), got {features.dim()} dimensions: {tuple(features.shape)}")
+    if features.dtype not in ACCUMULATION:
+        raise TypeError(
+            f"{op}: features must be float64, float32, float16 or bfloat16, got {features.dtype}; convert with .float()"
+        )
+    if 0 in features.shape[1:]:
+        raise ValueError(f"{op}: features need at least one channel, row and column, got (B,K,H,W) = {tuple(features.shape)}")
+
+
+def check_tensor(op: str, name: str, value: object) -> None:
+    """A strided tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided:
+        raise TypeError(f"{op}: {name} must be a strided tensor, got layout {value.layout}; convert with .to_dense()")
+
+
+def check_companion(op: str, name: str, value: Tensor, features: Tensor, *, or_accumulation: bool) -> None:
+    """A tensor on the features' device, in their dtype or (where allowed) their accumulation dtype."""
+    check_tensor(op, name, value)
+    if value.device != features.device:
+        raise ValueError(f"{op}: {name} is on {value.device}, features on {features.device}; both must be on one device")
+    acc = accumulation_dtype(features.dtype)
+    if value.dtype != features.dtype and not (or_accumulation and value.dtype == acc):
+        also = f" or {acc}" if or_accumulation and acc != features.dtype else ""
+        raise TypeError(f"{op}: {name} must be {features.dtype}{also} like the features, got {value.dtype}")
+
+
+def check_reference(op: str, reference: Tensor | None, features: Tensor) -> None:
+    """None, or (B,K,H,W) or (1,K,H,W) with the features' dtype and device."""
+    if reference is None:
+        return
+    check_companion(op, "reference", reference, features, or_accumulation=False)
+    if reference.shape[1:] != features.shape[1:] or reference.shape[0] not in (1, features.shape[0]):
+        raise ValueError(
+            f"{op}: reference must be {tuple(features.shape)} or (1, ...) like the features, got {tuple(reference.shape)}"
+        )
+
+
+def check_positional(op: str, name: str, value: Tensor, features: Tensor) -> None:
+    """(B,K,H,W) or (B,T,K,H,W) for features (B,K,H,W)."""
+    b, k, h, w = features.shape
+    if value.dim() not in (4, 5) or value.shape[0] != b or value.shape[-3:] != features.shape[1:]:
+        raise ValueError(f"{op}: {name} must be {(b, k, h, w)} or ({b}, T, {k}, {h}, {w}), got {tuple(value.shape)}")
+
+
+def check_size(op: str, size: Sequence[int] | None) -> None:
+    """None or two positive integers."""
+    if size is None:
+        return
+    if isinstance(size, (str, int)) or len(size) != 2:
+        raise ValueError(f"{op}: size must be None or (height, width), got {size!r}")
+    for value in size:
+        if not isinstance(value, (int, torch.SymInt)):
+            raise TypeError(f"{op}: size must hold two integers, got {size!r}")
+        if value <= 0:
+            raise ValueError(f"{op}: size must hold two positive integers, got {tuple(size)}")
+
+
+def check_mode(op: str, mode: str, modes: Sequence[str]) -> None:
+    """One of the known modes."""
+    if mode not in modes:
+        close = difflib.get_close_matches(str(mode), modes, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"{op}: unknown mode {mode!r}, expected one of {', '.join(modes)}{hint}")
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd must see this call."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def refuse_grad(op: str, *tensors: Tensor | None) -> None:
+    """A bare `torch.ops` call has no autograd formula: without this, the reference would differentiate and C++ not."""
+    if needs_grad(*tensors):
+        raise RuntimeError(
+            f"torch.ops.fastcam.{op} is not differentiable; call fastcam.ops.{op}, detach the inputs, "
+            "or call under torch.no_grad()"
+        )
+
+
+def spatially_constant(tensor: Tensor) -> bool:
+    """Whether the last two dimensions are an expansion of one value, and nobody asks for their gradient."""
+    if torch.is_grad_enabled() and tensor.requires_grad:
+        return False
+    return all(tensor.shape[d] == 1 or tensor.stride(d) == 0 for d in (-2, -1))

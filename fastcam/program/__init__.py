@@ -1,0 +1,1 @@
+"""Networks as programs: captured once, cut at a layer, run without hooks."""

@@ -1,0 +1,174 @@
+"""Closed-form heads: where every score is affine in the features, its gradient is a constant of the weights.
+
+Global average pooling + linear is the common case; every composition of average pools, linear layers, convolutions,
+evaluated batch norms, additions, multiplications by weights, concatenations and reshapes qualifies. Whether a head
+qualifies is decided from its nodes and then verified once on random numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .capture import Program
+from .nodes import LEAVES, Node, Ref, op_name, refs_in
+
+__all__ = ["AffineHead", "analyse"]
+
+log = logging.getLogger("fastcam")
+
+_UNARY = frozenset({"reshape", "pad", "neg"})
+_AVERAGES = frozenset(
+    {f"{prefix}avg_pool{rank}d" for rank in (1, 2, 3) for prefix in ("", "adaptive_", "_adaptive_")} | {"mean", "sum"}
+)
+#: Classes handled in one backward pass through a general affine head.
+_CHUNK = 64
+
+RunHead = Callable[[torch.Tensor, dict[int, Any]], torch.Tensor]
+
+
+class AffineHead:
+    """Gradients of the scores of an affine head with respect to its features, without running the head on the batch.
+
+    `pooled` heads (global average pool, reshapes, one linear layer) read them off the weight: W[c] / Z. Other affine
+    heads need one backward pass on a single made-up sample for each class asked for, whatever the batch.
+    """
+
+    def __init__(self, weight: int | None, positions: int):
+        self._weight = weight
+        self._positions = positions
+        self.uniform = weight is not None
+        self._verdict: bool | None = None
+
+    @property
+    def pooled(self) -> bool:
+        return self._weight is not None
+
+    def holds(self, run: RunHead, leaves: dict[int, Any], features: torch.Tensor) -> bool:
+        """Whether the analysis agrees with autograd on random features; checked at the first call, then remembered."""
+        if self._verdict is None:
+            self._verdict = self._verify(run, leaves, features)
+            if not self._verdict:
+                log.warning("a head that looks affine is not; its gradients are taken by autograd")
+        return self._verdict
+
+    def gradients(self, classes: torch.Tensor, run: RunHead, leaves: dict[int, Any], like: torch.Tensor) -> torch.Tensor:
+        """d score[c] / d features for `classes` (B,) or (B, T): (B[, T], K, *spatial), expanded where uniform."""
+        spatial = like.shape[2:]
+        if self._weight is not None:
+            rows = leaves[self._weight][classes]  # (B[, T], K)
+            ones = (1,) * len(spatial)
+            return (rows / self._positions).reshape(*rows.shape, *ones).expand(*rows.shape, *spatial)
+        unique, inverse = torch.unique(classes, return_inverse=True)
+        found = torch.cat([self._rows(part, run, leaves, like) for part in unique.split(_CHUNK)])
+        if self.uniform:
+            found = found[(..., *(slice(0, 1),) * len(spatial))].expand(-1, -1, *spatial)
+        return found[inverse] if not self.uniform else found[inverse].expand(*classes.shape, -1, *spatial)
+
+    def from_scores(self, slopes: torch.Tensor, leaves: dict[int, Any], like: torch.Tensor) -> torch.Tensor:
+        """Gradient of a score with slopes d score / d output (B, C), on a pooled head: (B, K, *spatial), expanded."""
+        assert self._weight is not None
+        rows = slopes @ leaves[self._weight] / self._positions
+        return rows.reshape(*rows.shape, *(1,) * (like.ndim - 2)).expand_as(like)
+
+    @staticmethod
+    def _rows(classes: torch.Tensor, run: RunHead, leaves: dict[int, Any], like: torch.Tensor) -> torch.Tensor:
+        probe = like.new_zeros((len(classes), *like.shape[1:]))
+        return _vjp(probe, classes, run, leaves)
+
+    def _verify(self, run: RunHead, leaves: dict[int, Any], like: torch.Tensor) -> bool:
+        generator = torch.Generator().manual_seed(0)
+        draw = torch.randn((2, *like.shape[1:]), generator=generator).to(like)
+        classes = torch.zeros(2, dtype=torch.int64, device=like.device)
+        found = _vjp(draw, classes, run, leaves)
+        tolerance = 1e-4 if like.dtype in (torch.float32, torch.float64) else 3e-2
+        scale = found.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        agrees = bool((found[0] - found[1]).abs().max() <= tolerance * scale)
+        corner = found[(..., *(slice(0, 1),) * (like.ndim - 2))]
+        uniform = bool((found - corner).abs().max() <= 1e-6 * scale)
+        if self._weight is not None:
+            closed = self.gradients(classes, run, leaves, draw)
+            return agrees and uniform and bool((closed - found).abs().max() <= tolerance * scale)
+        self.uniform = uniform and bool((found == corner).all())
+        return agrees
+
+
+def _vjp(probe: torch.Tensor, classes: torch.Tensor, run: RunHead, leaves: dict[int, Any]) -> torch.Tensor:
+    with torch.enable_grad():
+        probe = probe.requires_grad_()
+        output = run(probe, leaves)
+        (found,) = torch.autograd.grad(output.gather(1, classes.unsqueeze(1)).sum(), probe)
+    return found
+
+
+def analyse(program: Program, feature: int, head: list[Node]) -> AffineHead | None:
+    """The closed form of the head behind value `feature`, or None where some node is not affine in it."""
+    images = program.descendants(program.input)
+    affine = {feature}
+    for node in head:
+        if not _is_affine(program, node, affine, images):
+            return None
+        affine.add(node.index)
+    outputs = program.outputs
+    if len(outputs) != 1 or not isinstance(outputs[0], Ref) or len(program.nodes[outputs[0].index].shape or ()) != 2:
+        return None
+    shape = program.nodes[feature].shape or ()
+    positions = 1
+    for size in shape[2:]:
+        positions *= size or 0
+    return AffineHead(_pooled_weight(program, feature, head), positions)
+
+
+def _is_affine(program: Program, node: Node, affine: set[int], images: set[int]) -> bool:
+    """Whether `node`'s result is affine in the features, with coefficients that do not depend on the image."""
+    reads = [ref for ref in node.refs() if ref in affine]
+    others = [ref for ref in node.refs() if ref not in affine]
+    # Nothing but the batch size may come from the image, not even as a summand: the closed form is evaluated on
+    # made-up samples, for which such a value does not exist.
+    if any(ref in images and op_name(program.nodes[ref].target) != "sym_size" for ref in others):
+        return False
+    first = isinstance(node.args[0], Ref) and node.args[0].index in affine if node.args else False
+    name = op_name(node.target)
+    if node.kind in _UNARY or name == "neg":
+        if name == "pad":
+            return first and (len(node.args) < 3 or node.args[2] == "constant")
+        return first and len(set(reads)) == 1 and not any(program.nodes[r].kind in LEAVES for r in others)
+    if name in _AVERAGES or node.kind == "resize":
+        return first
+    if node.kind in ("conv", "linear"):
+        return first and len(reads) == 1
+    if node.kind == "norm":
+        return first and len(reads) == 1 and name in ("batch_norm", "_native_batch_norm_legit_no_training")
+    if node.kind == "add":
+        return True
+    if node.kind == "mul":
+        return first and len(reads) == 1 and "rounding_mode" not in node.kwargs or (name == "mul" and len(reads) == 1)
+    if node.kind == "matmul":
+        return name in ("matmul", "mm", "bmm", "addmm") and len(reads) == 1
+    if node.kind == "cat":
+        return bool(reads) and set(refs_in(node.args[0])) <= affine
+    return False
+
+
+def _pooled_weight(program: Program, feature: int, head: list[Node]) -> int | None:
+    """Index of the weight W when the head is global average pool -> reshapes -> linear(W, b), else None."""
+    *steps, last = head
+    shape = program.nodes[feature].shape or ()
+    pooled = 0
+    previous = feature
+    for node in steps:
+        if not node.args or node.args[0] != Ref(previous) or node.shape is None:
+            return None
+        if op_name(node.target) in _AVERAGES - {"sum"}:
+            pooled += 1
+        elif node.kind != "reshape":
+            return None
+        previous = node.index
+    flat = program.nodes[previous].shape or ()
+    if op_name(last.target) != "linear" or last.args[0] != Ref(previous) or pooled != 1 or flat != (None, shape[1]):
+        return None
+    weight = last.args[1]
+    return weight.index if isinstance(weight, Ref) and program.nodes[weight.index].kind == "parameter" else None

@@ -1,0 +1,201 @@
+"""From a user's module to a `Program`: `torch.export`, leaves resolved to dotted names, in-place writes removed.
+
+Nothing is run on real numbers and nothing of the model is changed: the network is traced once on fake tensors with a
+dynamic batch size. A `Program` holds no parameter of the model, only their names, so it never keeps a model alive and
+always sees the weights as they are when it runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from .functional import Functionalizer, NeedsDecomposition
+from .nodes import Node, Ref, map_refs, refs_in
+from .state import evaluating, fingerprint, forward_hooked, neutral_modes
+
+__all__ = ["CaptureError", "Program", "capture"]
+
+log = logging.getLogger("fastcam")
+
+#: Programs kept for one model: one for each image size, dtype and device it was explained at.
+_PROGRAMS_PER_MODEL = 8
+_cache: weakref.WeakKeyDictionary[nn.Module, OrderedDict[Any, Program | CaptureError]] = weakref.WeakKeyDictionary()
+
+
+class CaptureError(RuntimeError):
+    """The network cannot be turned into a program; the message says why and what can be done about it."""
+
+
+@dataclass(eq=False)
+class Program:
+    """A network as a functional list of nodes.
+
+    nodes      in execution order; `nodes[i].index == i`
+    input      index of the image batch
+    outputs    flat list of the output's leaves, each a `Ref` or a plain value, to be put together with `out_spec`
+    layers     dotted module path -> for each call of that module the indices of its output values
+    constants  tensors the code created while it was traced, by name
+    storage    for each value the index of the first value that may share memory with it
+    cuts       cuts made so far, by feature index (filled by `fastcam.program.cut`)
+    """
+
+    nodes: tuple[Node, ...]
+    input: int
+    outputs: tuple[Any, ...]
+    out_spec: Any
+    layers: dict[str, tuple[tuple[int, ...], ...]]
+    constants: dict[str, torch.Tensor]
+    storage: tuple[int, ...]
+    cuts: dict[int, Any] = field(default_factory=dict)
+
+    def result(self, values: dict[int, Any]) -> Any:
+        """The model's output, in the structure the model returns it, from the computed values."""
+        leaves = [map_refs(leaf, values.__getitem__) for leaf in self.outputs]
+        return torch.utils._pytree.tree_unflatten(leaves, self.out_spec)
+
+    @property
+    def output_indices(self) -> frozenset[int]:
+        return frozenset(refs_in(self.outputs))
+
+    def ancestors(self, wanted: frozenset[int]) -> set[int]:
+        """Indices of all values needed to compute `wanted`, themselves included."""
+        found: set[int] = set()
+        stack = list(wanted)
+        while stack:
+            index = stack.pop()
+            if index not in found:
+                found.add(index)
+                stack.extend(self.nodes[index].refs())
+        return found
+
+    def descendants(self, index: int) -> set[int]:
+        """Indices of all values computed from value `index`, itself included."""
+        found = {index}
+        for node in self.nodes[index + 1 :]:
+            if not found.isdisjoint(node.refs()):
+                found.add(node.index)
+        return found
+
+
+def capture(model: nn.Module, images: torch.Tensor) -> Program:
+    """The program of `model` for images of this size, dtype and device, any batch size; from the cache when possible.
+
+    model   an unwrapped module (`state.unwrap`)
+    images  (B, C, *spatial); only shape, dtype and device are read
+
+    Raises CaptureError when the network cannot be captured; the outcome is cached either way.
+    Cost: one trace on fake tensors the first time (about a second for a ResNet-50), then a fingerprint of the modules.
+    """
+    key = (fingerprint(model), tuple(images.shape[1:]), images.dtype, images.device)
+    programs = _cache.setdefault(model, OrderedDict())
+    if key not in programs:
+        try:
+            programs[key] = _capture(model, images)
+        except CaptureError as error:
+            error.__cause__ = error.__context__ = error.__traceback__ = None  # a traceback would keep the model alive
+            programs[key] = error
+        while len(programs) > _PROGRAMS_PER_MODEL:
+            programs.popitem(last=False)
+    programs.move_to_end(key)
+    found = programs[key]
+    if isinstance(found, CaptureError):
+        raise CaptureError(str(found))
+    return found
+
+
+def _capture(model: nn.Module, images: torch.Tensor) -> Program:
+    hooked = forward_hooked(model)
+    if hooked is not None:
+        raise CaptureError(f"module '{hooked}' has forward hooks, which run only when the module itself runs")
+    # Two images: export would take a batch of one for a constant.
+    example = torch.zeros((2, *images.shape[1:]), dtype=images.dtype, device=images.device)
+    with evaluating(model), neutral_modes(), _quiet():
+        try:
+            exported = torch.export.export(model, (example,), dynamic_shapes=(_batch_only(example),), strict=False)
+        except Exception as error:
+            raise CaptureError(f"torch.export cannot trace it: {_first_line(error)}") from error
+        try:
+            return _convert(exported)
+        except NeedsDecomposition as reason:
+            log.debug("capture: %s; letting torch.export functionalise the graph", reason)
+        try:
+            return _convert(exported.run_decompositions({}))
+        except Exception as error:
+            raise CaptureError(f"torch.export cannot functionalise it: {_first_line(error)}") from error
+
+
+def _batch_only(example: torch.Tensor) -> dict[int, Any]:
+    return {0: torch.export.Dim.AUTO, **{dim: torch.export.Dim.STATIC for dim in range(1, example.ndim)}}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export's deprecation warnings are about its own internals and mean nothing to the caller."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else '(no message)'}"
+
+
+def _convert(exported: Any) -> Program:
+    """Walk the exported graph once, resolving leaves and removing in-place writes."""
+    graph = exported.graph
+    work = Functionalizer(graph)
+    leaves = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    inputs: list[int] = []
+    outputs: tuple[Any, ...] = ()
+    constants: dict[str, torch.Tensor] = {}
+    for fx_node in graph.nodes:
+        if fx_node.op == "placeholder":
+            spec = leaves[fx_node.name]
+            kind = spec.kind.name
+            if kind == "USER_INPUT":
+                inputs.append(work.leaf(fx_node, "input", fx_node.name))
+            elif kind == "PARAMETER":
+                work.leaf(fx_node, "parameter", spec.target)
+            elif kind == "BUFFER":
+                work.leaf(fx_node, "buffer", spec.target)
+            elif kind == "CONSTANT_TENSOR":
+                constants[spec.target] = exported.constants[spec.target]
+                work.leaf(fx_node, "constant", spec.target)
+            else:
+                raise CaptureError(f"its graph reads a {kind.lower().replace('_', ' ')}, which has no place here")
+        elif fx_node.op == "call_function":
+            if isinstance(fx_node.target, torch._ops.HigherOrderOperator):
+                raise CaptureError(f"it uses the control-flow operator {fx_node.target}, e.g. a no_grad block in forward")
+            work.call(fx_node)
+        elif fx_node.op == "output":
+            outputs = tuple(work.arguments(fx_node.args[0]))
+        elif fx_node.op != "get_attr":
+            raise CaptureError(f"its graph has a node of the unknown type {fx_node.op!r}")
+    if any(spec.kind.name != "USER_OUTPUT" for spec in exported.graph_signature.output_specs):
+        raise CaptureError("its forward writes into its own parameters, buffers or input")
+    if len(inputs) != 1:
+        raise CaptureError(f"its forward reads {len(inputs)} inputs; exactly one image batch is expected")
+    if work.shape_of(inputs[0])[0] is not None:
+        raise CaptureError("its forward works for one fixed batch size only (e.g. x.view(8, -1)); use x.size(0) there")
+    program = Program(
+        nodes=tuple(work.nodes),
+        input=inputs[0],
+        outputs=outputs,
+        out_spec=exported.call_spec.out_spec,
+        layers=work.layers(),
+        constants=constants,
+        storage=tuple(work.storage),
+    )
+    if not any(isinstance(leaf, Ref) for leaf in outputs):
+        raise CaptureError("its output does not depend on any computed value")
+    return program

@@ -1,0 +1,130 @@
+"""Finding the value a user means by `layer`."""
+
+from __future__ import annotations
+
+import difflib
+import math
+
+from torch import nn
+
+from .capture import Program
+from .nodes import Node
+
+__all__ = ["LayerNotInProgram", "check_spatial", "find_layer", "layer_names", "unknown_layer"]
+
+
+class LayerNotInProgram(LookupError):
+    """The module exists but computes nothing of its own, or does not run, in the captured network."""
+
+
+def layer_names(model: nn.Module, layer: str | nn.Module) -> list[str]:
+    """Dotted names of `layer` in `model`.
+
+    Raises ValueError for a name or module that is not part of the model (close names are suggested), TypeError for
+    another type.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    if isinstance(layer, nn.Module):
+        names = [name for name, module in modules.items() if module is layer]
+        if not names:
+            raise ValueError(f"the given {type(layer).__name__} layer is not a module of this {type(model).__name__}")
+        return names
+    if not isinstance(layer, str):
+        raise TypeError(f"layer must be None, a dotted module name or a module; got {type(layer).__name__}")
+    if layer not in modules:
+        raise unknown_layer(layer, model)
+    return [layer]
+
+
+def unknown_layer(layer: str, model: nn.Module) -> ValueError:
+    names = [name for name, _ in model.named_modules() if name]
+    close = difflib.get_close_matches(layer, names, n=3, cutoff=0.4) or names[-3:]
+    return ValueError(
+        f"{type(model).__name__} has no layer '{layer}'; "
+        f"close names: {', '.join(repr(c) for c in close) or '(the model has no named modules)'}"
+    )
+
+
+def find_layer(program: Program, model: nn.Module, layer: str | nn.Module | None, spatial_rank: int) -> tuple[int, str]:
+    """Index of the layer's output value and the layer's name.
+
+    layer  None: the last spatial feature map before pooling · dotted module name · module. A module that runs several
+           times stands for its last run.
+
+    Raises ValueError or TypeError as `layer_names` does, TypeError for a layer with several outputs, and
+    LayerNotInProgram where only running the module itself can tell.
+    """
+    if layer is None:
+        return _last_spatial(program, spatial_rank)
+    needed = program.ancestors(program.output_indices)
+    names = layer_names(model, layer)
+    for name in names:
+        for outputs in reversed(program.layers.get(name, ())):
+            used = [index for index in outputs if index in needed]
+            if len(used) > 1:
+                raise TypeError(
+                    f"layer '{name}' has {len(used)} outputs; name one of the modules inside it that returns a single tensor"
+                )
+            if used:
+                return used[0], name
+    raise LayerNotInProgram(f"layer '{names[0]}' computes nothing the output needs")
+
+
+def check_spatial(shape: tuple[int | None, ...], name: str, spatial_rank: int, reshaped: bool) -> None:
+    """Raise unless `shape` is (B, K, *spatial) with `spatial_rank` spatial dimensions."""
+    if len(shape) == spatial_rank + 2:
+        return
+    shown = "(" + ", ".join("B" if size is None else str(size) for size in shape) + ")"
+    if reshaped:
+        raise TypeError(f"reshape_transform made {shown} of layer '{name}'; it must return (B, K, *spatial)")
+    if len(shape) == 3:
+        raise TypeError(
+            f"layer '{name}' gives tokens of shape {shown}, not feature maps; "
+            "pass reshape_transform=callable that turns them into (B, K, H, W)"
+        )
+    raise ValueError(f"layer '{name}' has no spatial extent: its output has shape {shown}, expected (B, K, *spatial)")
+
+
+def _last_spatial(program: Program, spatial_rank: int) -> tuple[int, str]:
+    images = program.descendants(program.input)
+    for index in sorted(program.ancestors(program.output_indices) & images, reverse=True):
+        node = program.nodes[index]
+        if index != program.input and _is_feature_map(node, spatial_rank):
+            name = _shortest_name(program, index) or node.module or node.name
+            if _mixes_positions_later(program, index, images):
+                raise ValueError(
+                    f"the last spatial feature map, '{name}', lies before attention layers and says little about the "
+                    "decision; pass layer= and, if that layer gives tokens, reshape_transform="
+                )
+            return index, name
+    raise ValueError("the model has no spatial feature map; pass layer= (and reshape_transform= for tokens)")
+
+
+def _is_feature_map(node: Node, spatial_rank: int) -> bool:
+    return (
+        node.shape is not None
+        and node.dtype is not None
+        and node.dtype.is_floating_point
+        and len(node.shape) == spatial_rank + 2
+        and node.shape[0] is None
+        and node.kind not in ("pool", "resize")
+        and math.prod(size or 0 for size in node.shape[2:]) > 1
+    )
+
+
+def _shortest_name(program: Program, index: int) -> str:
+    names = [name for name, calls in program.layers.items() if name and calls[-1] == (index,)]
+    return min(names, key=len, default="")
+
+
+def _mixes_positions_later(program: Program, index: int, images: set[int]) -> bool:
+    """Whether attention follows: a fused attention call, or a product of two values that both follow the image."""
+    for later in program.descendants(index):
+        node = program.nodes[later]
+        if node.kind == "attention":
+            return True
+        if node.kind == "matmul" and sum(ref in images for ref in node.refs()) > 1:
+            return True
+    return False
+
+

@@ -1,0 +1,84 @@
+"""What the user's model looks like from outside, and how to look at it without leaving a trace."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+__all__ = ["evaluating", "fingerprint", "forward_hooked", "neutral_modes", "unwrap"]
+
+_SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
+_BOOKKEEPING = frozenset({"training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`'s and (Distributed)DataParallel's wrappers, whose parameters are the same."""
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif type(model).__name__ == "OptimizedModule":  # by name: importing the class would load the compiler
+            model = cast(nn.Module, model._orig_mod)
+        else:
+            return model
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module's `training` flag is False inside and what it was before outside, on every exit path.
+
+    The flags are set one by one: `model.eval()` may be overridden by the user and do more than that.
+    """
+    trained = [module for module in model.modules() if module.training]
+    try:
+        for module in trained:
+            module.training = False
+        yield
+    finally:
+        for module in trained:
+            module.training = True
+
+
+@contextlib.contextmanager
+def neutral_modes() -> Iterator[None]:
+    """No autograd graph is recorded inside, and the tensors made are ordinary ones even under `inference_mode`."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def forward_hooked(model: nn.Module) -> str | None:
+    """Dotted name of the first module with a forward hook of the user's, or None."""
+    for name, module in model.named_modules():
+        if module._forward_hooks or module._forward_pre_hooks:
+            return name or type(module).__name__
+    return None
+
+
+def fingerprint(model: nn.Module) -> int:
+    """A hash that changes when the computation the model describes changes: its modules, their settings, replaced
+    methods, and which parameters exist; not the parameters' values.
+
+    Settings are the plain values (numbers, strings, tuples and lists of them, dtypes, devices) and the callables among
+    a module's attributes. A setting hidden in another object (a dict, a user's config class) is not seen.
+    """
+    return hash(tuple(item for name, module in model.named_modules() for item in _describe(name, module)))
+
+
+def _describe(name: str, module: nn.Module) -> Iterator[Any]:
+    yield name
+    yield id(module)
+    yield type(module)
+    for key, value in vars(module).items():
+        if key in _BOOKKEEPING or key.endswith("_hooks"):
+            continue
+        if isinstance(value, _SCALARS):
+            yield key, value
+        elif isinstance(value, (tuple, list)):
+            yield key, tuple(v if isinstance(v, _SCALARS) else id(v) for v in value)
+        elif callable(value) or isinstance(value, torch.Tensor):
+            yield key, id(value)
+    for key, parameter in module._parameters.items():
+        yield key, parameter is None

@@ -1,0 +1,6 @@
+"""One short PyTorch implementation per op: what the kernels must agree with, and what runs where none is built."""
+
+from fastcam.reference.cam_map import cam_map
+from fastcam.reference.channel_weights import channel_weights
+
+__all__ = ["cam_map", "channel_weights"]
