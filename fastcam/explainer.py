@@ -16,7 +16,7 @@ from torch import nn
 
 from fastcam import methods as registry
 from fastcam.methods._maps import finish
-from fastcam.methods._method import CamOptions, Passage
+from fastcam.methods._method import Passage
 from fastcam.program.capture import CaptureError, Program, capture
 from fastcam.program.cut import cut
 from fastcam.program.execute import Weights

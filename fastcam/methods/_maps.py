@@ -32,9 +32,7 @@ def positionwise(function: Callable[[torch.Tensor], torch.Tensor], gradients: to
     return function(compact).expand_as(gradients)
 
 
-def finish(
-    features: torch.Tensor, evidence: Evidence, relu: bool, normalize: bool, size: Sequence[int] | None
-) -> Maps:
+def finish(features: torch.Tensor, evidence: Evidence, relu: bool, normalize: bool, size: Sequence[int] | None) -> Maps:
     """Maps at `size` (None: layer size), maps at layer size after ReLU, and whether each is finite.
 
     features  (B, K, *spatial);  returns (B[, T], *size), (B[, T], *spatial), (B[, T])
@@ -65,7 +63,9 @@ def _reduce(
         weights = planar(weights, rank)
     if rank == 1:
         wide = None if size is None else (1, *size)
-        maps, raw, finite = ops.cam_map_with_raw(planar(features, rank), weights, relu=relu, normalize=normalize, size=wide)
+        maps, raw, finite = ops.cam_map_with_raw(
+            planar(features, rank), weights, relu=relu, normalize=normalize, size=wide
+        )
         return maps.squeeze(-2), raw.squeeze(-2), finite
     _, flat, finite = ops.cam_map_with_raw(planar(features, rank), weights, relu=relu, normalize=False)
     raw = flat.unflatten(-1, features.shape[-2:])

@@ -110,5 +110,7 @@ class Method:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]!r}? " if close else ""
-                raise TypeError(f"method '{self.name}' has no option {name!r}; {hint}its options are: {', '.join(known)}")
+                raise TypeError(
+                    f"method '{self.name}' has no option {name!r}; {hint}its options are: {', '.join(known)}"
+                )
         return self.options(**given)

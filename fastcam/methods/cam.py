@@ -36,7 +36,7 @@ def cam(passage: Passage, options: ClassActivationOptions) -> Evidence:
         )
     gradients = passage.gradients()
     spatial = passage.features.shape[2:]
-    return Evidence(weights=gradients[(..., *(0,) * len(spatial))] * math.prod(spatial))
+    return Evidence(weights=gradients.flatten(-len(spatial))[..., 0] * math.prod(spatial))
 
 
 METHOD = Method(

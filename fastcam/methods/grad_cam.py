@@ -23,4 +23,6 @@ def grad_cam(passage: Passage, options: CamOptions) -> Evidence:
     return Evidence(weights=ops.channel_weights(features, gradients, mode="mean"))
 
 
-METHOD = Method("grad_cam", "channels weighted by their mean gradient", "arXiv 1610.02391, eq. 1-2", grad_cam, gradients=True)
+METHOD = Method(
+    "grad_cam", "channels weighted by their mean gradient", "arXiv 1610.02391, eq. 1-2", grad_cam, gradients=True
+)

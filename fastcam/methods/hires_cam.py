@@ -20,4 +20,6 @@ def hires_cam(passage: Passage, options: CamOptions) -> Evidence:
     return Evidence(multipliers=passage.gradients())
 
 
-METHOD = Method("hires_cam", "gradient x activation at every position", "arXiv 2011.08891, eq. 3", hires_cam, gradients=True)
+METHOD = Method(
+    "hires_cam", "gradient x activation at every position", "arXiv 2011.08891, eq. 3", hires_cam, gradients=True
+)

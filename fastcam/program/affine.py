@@ -8,7 +8,7 @@ qualifies is decided from its nodes and then verified once on random numbers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,24 +55,23 @@ class AffineHead:
                 log.warning("a head that looks affine is not; its gradients are taken by autograd")
         return self._verdict
 
-    def gradients(self, classes: torch.Tensor, run: RunHead, leaves: dict[int, Any], like: torch.Tensor) -> torch.Tensor:
+    def gradients(
+        self, classes: torch.Tensor, run: RunHead, leaves: dict[int, Any], like: torch.Tensor
+    ) -> torch.Tensor:
         """d score[c] / d features for `classes` (B,) or (B, T): (B[, T], K, *spatial), expanded where uniform."""
         spatial = like.shape[2:]
         if self._weight is not None:
-            rows = leaves[self._weight][classes]  # (B[, T], K)
-            ones = (1,) * len(spatial)
-            return (rows / self._positions).reshape(*rows.shape, *ones).expand(*rows.shape, *spatial)
+            return _everywhere(leaves[self._weight][classes] / self._positions, spatial)
         unique, inverse = torch.unique(classes, return_inverse=True)
         found = torch.cat([self._rows(part, run, leaves, like) for part in unique.split(_CHUNK)])
         if self.uniform:
-            found = found[(..., *(slice(0, 1),) * len(spatial))].expand(-1, -1, *spatial)
-        return found[inverse] if not self.uniform else found[inverse].expand(*classes.shape, -1, *spatial)
+            return _everywhere(found.flatten(2)[..., 0][inverse], spatial)
+        return found[inverse]
 
     def from_scores(self, slopes: torch.Tensor, leaves: dict[int, Any], like: torch.Tensor) -> torch.Tensor:
         """Gradient of a score with slopes d score / d output (B, C), on a pooled head: (B, K, *spatial), expanded."""
         assert self._weight is not None
-        rows = slopes @ leaves[self._weight] / self._positions
-        return rows.reshape(*rows.shape, *(1,) * (like.ndim - 2)).expand_as(like)
+        return _everywhere(slopes @ leaves[self._weight] / self._positions, like.shape[2:])
 
     @staticmethod
     def _rows(classes: torch.Tensor, run: RunHead, leaves: dict[int, Any], like: torch.Tensor) -> torch.Tensor:
@@ -87,13 +86,18 @@ class AffineHead:
         tolerance = 1e-4 if like.dtype in (torch.float32, torch.float64) else 3e-2
         scale = found.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
         agrees = bool((found[0] - found[1]).abs().max() <= tolerance * scale)
-        corner = found[(..., *(slice(0, 1),) * (like.ndim - 2))]
-        uniform = bool((found - corner).abs().max() <= 1e-6 * scale)
+        found = found.flatten(2)
+        uniform = bool((found - found[..., :1]).abs().max() <= 1e-6 * scale)
         if self._weight is not None:
-            closed = self.gradients(classes, run, leaves, draw)
+            closed = self.gradients(classes, run, leaves, draw).flatten(2)
             return agrees and uniform and bool((closed - found).abs().max() <= tolerance * scale)
-        self.uniform = uniform and bool((found == corner).all())
+        self.uniform = uniform
         return agrees
+
+
+def _everywhere(rows: torch.Tensor, spatial: Sequence[int]) -> torch.Tensor:
+    """(..., K) -> (..., K, *spatial), the same at every position, without a copy."""
+    return rows.reshape(*rows.shape, *(1,) * len(spatial)).expand(*rows.shape, *spatial)
 
 
 def _vjp(probe: torch.Tensor, classes: torch.Tensor, run: RunHead, leaves: dict[int, Any]) -> torch.Tensor:
@@ -145,7 +149,7 @@ def _is_affine(program: Program, node: Node, affine: set[int], images: set[int])
     if node.kind == "add":
         return True
     if node.kind == "mul":
-        return first and len(reads) == 1 and "rounding_mode" not in node.kwargs or (name == "mul" and len(reads) == 1)
+        return len(reads) == 1 and (name == "mul" or (first and "rounding_mode" not in node.kwargs))
     if node.kind == "matmul":
         return name in ("matmul", "mm", "bmm", "addmm") and len(reads) == 1
     if node.kind == "cat":

@@ -135,7 +135,7 @@ def _capture(model: nn.Module, images: torch.Tensor) -> Program:
 
 
 def _batch_only(example: torch.Tensor) -> dict[int, Any]:
-    return {0: torch.export.Dim.AUTO, **{dim: torch.export.Dim.STATIC for dim in range(1, example.ndim)}}
+    return {0: torch.export.Dim.AUTO, **dict.fromkeys(range(1, example.ndim), torch.export.Dim.STATIC)}
 
 
 @contextlib.contextmanager
@@ -175,7 +175,9 @@ def _convert(exported: Any) -> Program:
                 raise CaptureError(f"its graph reads a {kind.lower().replace('_', ' ')}, which has no place here")
         elif fx_node.op == "call_function":
             if isinstance(fx_node.target, torch._ops.HigherOrderOperator):
-                raise CaptureError(f"it uses the control-flow operator {fx_node.target}, e.g. a no_grad block in forward")
+                raise CaptureError(
+                    f"it uses the control-flow operator {fx_node.target}, e.g. a no_grad block in forward"
+                )
             work.call(fx_node)
         elif fx_node.op == "output":
             outputs = tuple(work.arguments(fx_node.args[0]))

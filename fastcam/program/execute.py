@@ -26,7 +26,9 @@ class Weights:
     through `.data` leave no other trace.
     """
 
-    def __init__(self, program: Program, model: nn.Module, dtype: torch.dtype | None = None, channels_last: bool = False):
+    def __init__(
+        self, program: Program, model: nn.Module, dtype: torch.dtype | None = None, channels_last: bool = False
+    ):
         modules = dict(model.named_modules(remove_duplicate=False))
         self._constants = {n.index: program.constants[n.target] for n in program.nodes if n.kind == "constant"}
         self._slots: list[tuple[int, dict[str, Any], str]] = []
@@ -34,7 +36,9 @@ class Weights:
             if node.kind in ("parameter", "buffer"):
                 path, _, name = node.target.rpartition(".")
                 owner = modules[path]
-                self._slots.append((node.index, owner._parameters if node.kind == "parameter" else owner._buffers, name))
+                self._slots.append(
+                    (node.index, owner._parameters if node.kind == "parameter" else owner._buffers, name)
+                )
         self._dtype = dtype
         self._channels_last = channels_last
         self._converted: dict[int, tuple[Any, torch.Tensor]] = {}
@@ -78,9 +82,11 @@ class Schedule:
     """
 
     def __init__(self, program: Program, indices: Iterable[int], keep: frozenset[int], in_place: bool):
-        chosen = [program.nodes[i] for i in sorted(indices) if program.nodes[i].kind not in LEAVES and i != program.input]
+        chosen = [
+            program.nodes[i] for i in sorted(indices) if program.nodes[i].kind not in LEAVES and i != program.input
+        ]
         last = {ref: node.index for node in chosen for ref in node.refs()}
-        self._last_of_storage = {}
+        self._last_of_storage: dict[int, int] = {}
         for ref, at in last.items():
             root = program.storage[ref]
             self._last_of_storage[root] = max(at, self._last_of_storage.get(root, -1))
@@ -153,7 +159,7 @@ class Schedule:
 
 
 def _located(error: Exception, node: Node) -> Exception:
-    """The same kind of error with the node that raised it at the end of its message, where that kind takes a message."""
+    """The same kind of error, where it takes a message, with the node that raised it at the end."""
     try:
         return type(error)(f"{error}\nwhile running {node}")
     except Exception:

@@ -73,9 +73,7 @@ class Functionalizer:
             found.setdefault(path, []).append(tuple(values))
         return {path: tuple(calls) for path, calls in found.items()}
 
-    def _append(
-        self, node: fx.Node, kind: str, target: Any, args: Any, kwargs: Any, storage: int | None
-    ) -> int:
+    def _append(self, node: fx.Node, kind: str, target: Any, args: Any, kwargs: Any, storage: int | None) -> int:
         index = len(self.nodes)
         value = node.meta.get("val")
         tensor = value if isinstance(value, torch.Tensor) else None
@@ -156,5 +154,5 @@ def _source_line(node: fx.Node) -> str:
     for line in reversed((node.meta.get("stack_trace") or "").splitlines()):
         if line.strip().startswith("File "):
             file, number = line.strip().split(", ")[:2]
-            return f"{file[len('File '):].strip(chr(34))}:{number.removeprefix('line ')}"
+            return f"{file[len('File ') :].strip(chr(34))}:{number.removeprefix('line ')}"
     return ""

@@ -25,10 +25,7 @@ def hook_cut(model: nn.Module, layer: str | nn.Module | None, images: torch.Tens
 
     Raises ValueError or TypeError as `layers.layer_names` does, and ValueError where no module has a feature map.
     """
-    if layer is not None:
-        name = layer_names(model, layer)[0]
-    else:
-        name = _last_spatial_module(model, images)
+    name = _last_spatial_module(model, images) if layer is None else layer_names(model, layer)[0]
     return HookCut(model, name, dict(model.named_modules(remove_duplicate=False))[name])
 
 

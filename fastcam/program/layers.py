@@ -63,7 +63,7 @@ def find_layer(program: Program, model: nn.Module, layer: str | nn.Module | None
             used = [index for index in outputs if index in needed]
             if len(used) > 1:
                 raise TypeError(
-                    f"layer '{name}' has {len(used)} outputs; name one of the modules inside it that returns a single tensor"
+                    f"layer '{name}' has {len(used)} outputs; name one of the modules inside it that returns one tensor"
                 )
             if used:
                 return used[0], name
@@ -126,5 +126,3 @@ def _mixes_positions_later(program: Program, index: int, images: set[int]) -> bo
         if node.kind == "matmul" and sum(ref in images for ref in node.refs()) > 1:
             return True
     return False
-
-

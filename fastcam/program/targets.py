@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 __all__ = ["TargetSpec", "Targets", "resolve_targets", "scores_of"]
 
-TargetSpec = None | int | str | Sequence[int] | Sequence[Sequence[int]] | torch.Tensor | Callable[[Any], torch.Tensor]
+TargetSpec: TypeAlias = (
+    int | str | Sequence[int] | Sequence[Sequence[int]] | torch.Tensor | Callable[[Any], torch.Tensor] | None
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ def scores_of(output: Any, targets: Targets, column: int | None, batch: int, lay
         given = f"shape {tuple(score.shape)}" if isinstance(score, torch.Tensor) else type(score).__name__
         raise ValueError(f"a callable target must return one score an image, shape ({batch},); it returned {given}")
     if not score.requires_grad:
-        raise RuntimeError(f"the score does not depend on layer '{layer}': the callable target cut the graph, e.g. by detach()")
+        raise RuntimeError(
+            f"the score does not depend on layer '{layer}': the callable target cut the graph, e.g. by detach()"
+        )
     return score
 
 
@@ -117,7 +121,9 @@ def _as_indices(
     wrong = (indices < 0) | (indices >= classes)
     if indices.device.type == "cpu":
         if bool(wrong.any()):
-            raise IndexError(f"target {int(indices[wrong][0])} is out of range: the model's classes are 0 to {classes - 1}")
+            raise IndexError(
+                f"target {int(indices[wrong][0])} is out of range: the model's classes are 0 to {classes - 1}"
+            )
         return indices.to(device), None
     valid = ~(wrong if wrong.ndim == 1 else wrong.any(dim=1))
     return indices.clamp(0, max(classes - 1, 0)).to(device), valid.to(device)
