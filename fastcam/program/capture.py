@@ -21,7 +21,7 @@ from torch import nn
 
 from .functional import Functionalizer, NeedsDecomposition
 from .nodes import Node, Ref, map_refs, refs_in
-from .state import evaluating, fingerprint, forward_hooked, neutral_modes
+from .state import evaluating, fingerprint, forward_hooked
 
 __all__ = ["CaptureError", "Program", "capture"]
 
@@ -119,7 +119,8 @@ def _capture(model: nn.Module, images: torch.Tensor) -> Program:
         raise CaptureError(f"module '{hooked}' has forward hooks, which run only when the module itself runs")
     # Two images: export would take a batch of one for a constant.
     example = torch.zeros((2, *images.shape[1:]), dtype=images.dtype, device=images.device)
-    with evaluating(model), neutral_modes(), _quiet():
+    # Under grad mode, else the no_grad blocks of the user's code would leave no mark in the graph.
+    with evaluating(model), torch.inference_mode(False), torch.enable_grad(), _quiet():
         try:
             exported = torch.export.export(model, (example,), dynamic_shapes=(_batch_only(example),), strict=False)
         except Exception as error:

@@ -87,7 +87,7 @@ class Functionalizer:
                 kwargs=dict(kwargs),
                 module=_module_path(node),
                 where=_source_line(node) if kind not in LEAVES else "",
-                shape=None if tensor is None else tuple(s if isinstance(s, int) else None for s in tensor.shape),
+                shape=None if tensor is None else tuple(_fixed_size(size) for size in tensor.shape),
                 dtype=None if tensor is None else tensor.dtype,
             )
         )
@@ -127,6 +127,11 @@ class Functionalizer:
                 if argument.alias_info is not None and isinstance(value, fx.Node):
                     return self.storage[self._now[value]]
         return None
+
+
+def _fixed_size(size: int | torch.SymInt) -> int | None:
+    """The size, or None where it follows the batch; export leaves some sizes symbolic whose value is settled."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
 def _written_argument(node: fx.Node) -> fx.Node | None:

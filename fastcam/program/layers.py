@@ -91,10 +91,10 @@ def _last_spatial(program: Program, spatial_rank: int) -> tuple[int, str]:
         node = program.nodes[index]
         if index != program.input and _is_feature_map(node, spatial_rank):
             name = _shortest_name(program, index) or node.module or node.name
-            if _mixes_positions_later(program, index, images):
+            if _is_attention_result(program, index) or _mixes_positions_later(program, index, images):
                 raise ValueError(
-                    f"the last spatial feature map, '{name}', lies before attention layers and says little about the "
-                    "decision; pass layer= and, if that layer gives tokens, reshape_transform="
+                    f"the last spatial feature map, '{name}', lies in or before attention layers and says little about "
+                    "the decision; pass layer= and, if that layer gives tokens, reshape_transform="
                 )
             return index, name
     raise ValueError("the model has no spatial feature map; pass layer= (and reshape_transform= for tokens)")
@@ -109,12 +109,21 @@ def _is_feature_map(node: Node, spatial_rank: int) -> bool:
         and node.shape[0] is None
         and node.kind not in ("pool", "resize")
         and math.prod(size or 0 for size in node.shape[2:]) > 1
+        and math.prod(size or 0 for size in node.shape[1:-1]) > 1  # else a pooled vector, channels last
     )
 
 
 def _shortest_name(program: Program, index: int) -> str:
     names = [name for name, calls in program.layers.items() if name and calls[-1] == (index,)]
     return min(names, key=len, default="")
+
+
+def _is_attention_result(program: Program, index: int) -> bool:
+    """Whether the value is what attention returns, perhaps rearranged: heads and tokens, not a feature map."""
+    node = program.nodes[index]
+    while node.kind == "reshape":
+        node = program.nodes[next(node.refs())]
+    return node.kind == "attention"
 
 
 def _mixes_positions_later(program: Program, index: int, images: set[int]) -> bool:

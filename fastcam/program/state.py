@@ -71,6 +71,7 @@ def _describe(name: str, module: nn.Module) -> Iterator[Any]:
     yield name
     yield id(module)
     yield type(module)
+    yield bool(module._forward_hooks or module._forward_pre_hooks)
     for key, value in vars(module).items():
         if key in _BOOKKEEPING or key.endswith("_hooks"):
             continue

@@ -1,0 +1,1 @@
+"""What tests and benchmarks share; nothing in the library imports it."""

@@ -1,0 +1,91 @@
+"""The `fastcam` command: parses, calls, prints."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line (default: the process's) and returns the exit status."""
+    given = _parser().parse_args(arguments)
+    try:
+        return int(given.run(given))
+    except ImportError as error:
+        print(f"fastcam: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fastcam", description="Attribution maps at the cost of a forward pass.")
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="run the methods on small real images: a table and a picture")
+    demo.add_argument("--images", type=_positive, default=128, metavar="N", help="held-out images (default: 128)")
+    demo.add_argument(
+        "--out", default="fastcam-demo", metavar="DIR", help="folder of the picture (default: %(default)s)"
+    )
+    demo.add_argument("--model", choices=("tiny_resnet", "tiny_vgg", "both"), default="both")
+    demo.add_argument("--methods", type=_methods, metavar="A,B", help="comma-separated names (default: all)")
+    demo.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
+    demo.set_defaults(run=_demo)
+
+    commands.add_parser("methods", help="list the methods with their sources").set_defaults(run=_list_methods)
+    commands.add_parser("info", help="versions, build, backends, switches").set_defaults(run=_info)
+    return parser
+
+
+def _demo(given: argparse.Namespace) -> int:
+    import torch
+
+    from fastcam.testbed import demo
+
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    report = demo.run(images=given.images, out=given.out, model=given.model, methods=given.methods)
+    print(report.text)
+    print(f"\npicture: {report.picture}")
+    return 0
+
+
+def _list_methods(given: argparse.Namespace) -> int:
+    import fastcam
+
+    for name, facts in fastcam.methods().items():
+        print(f"{name:<20} {facts['summary']} [{facts['source']}]")
+    return 0
+
+
+def _info(given: argparse.Namespace) -> int:
+    from fastcam import info
+
+    info.main()
+    return 0
+
+
+def _positive(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text!r}")
+    return number
+
+
+def _methods(text: str) -> list[str]:
+    from fastcam.methods import get
+
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    try:
+        for name in names:
+            get(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if not names:
+        raise argparse.ArgumentTypeError("names at least one method")
+    return names
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

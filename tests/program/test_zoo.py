@@ -1,0 +1,109 @@
+"""The torchvision zoo: programs equal modules, and features and gradients equal what hooks and autograd give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastcam._testing.models import torchvision_models
+from fastcam.program.capture import capture
+from fastcam.program.cut import cut
+from fastcam.program.execute import Weights
+from fastcam.program.hooks import hook_cut
+from fastcam.program.layers import find_layer
+from fastcam.program.targets import resolve_targets
+
+#: name, image size, expected automatic layer, whether the head behind it is closed form
+ZOO = [
+    ("resnet50", 64, "layer4", True),
+    ("vgg16", 64, "features.29", False),
+    ("vgg11_bn", 64, "features.27", False),
+    ("densenet121", 64, "", True),
+    ("googlenet", 64, "inception5b", True),
+    ("mobilenet_v2", 64, "features", True),
+    ("mobilenet_v3_small", 64, "features", False),
+    ("efficientnet_b0", 64, "features", True),
+    ("convnext_tiny", 64, "features", False),
+    ("regnet_y_400mf", 64, "trunk_output", True),
+    ("squeezenet1_1", 64, "classifier.2", True),
+]
+
+
+def build(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    extra = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    return getattr(torchvision_models(), name)(weights=None, **extra).eval()
+
+
+def gradients_by_hook(model, layer, images, classes):
+    passed = hook_cut(model, layer, images).forward(images, gradients=True)
+    return passed.features, passed.output, passed.gradients(resolve_targets(classes, passed.output, len(images)))
+
+
+@pytest.mark.parametrize(("name", "side", "layer", "closed"), ZOO, ids=[row[0] for row in ZOO])
+def test_automatic_layer(name, side, layer, closed):
+    model, images = build(name), torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+    program = capture(model, images)
+    index, found = find_layer(program, model, None, 2)
+    if layer:
+        assert found == layer
+    made = cut(program, index, found)
+    passed = made.forward(images, Weights(program, model).values(), gradients=True)
+    with torch.no_grad():
+        assert torch.equal(passed.output, model(images))
+    classes = [3, 7]
+    gradients = passed.gradients(resolve_targets(classes, passed.output, 2))
+    assert (made.affine is not None) == closed
+    if layer:
+        features, _, expected = gradients_by_hook(model, layer, images, classes)
+        assert torch.equal(passed.features, features)
+    else:
+        by_graph = made.forward(images, Weights(program, model).values(), gradients=True, closed_form=False)
+        expected = by_graph.gradients(resolve_targets(classes, passed.output, 2))
+    scale = expected.abs().max()
+    assert scale > 0
+    torch.testing.assert_close(gradients, expected, rtol=1e-4, atol=float(1e-5 * scale))
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [
+        ("resnet18", "layer3"),
+        ("resnet18", "layer2.0.bn1"),
+        ("resnet18", "layer3.1.relu"),
+        ("vgg11_bn", "features.12"),
+        ("densenet121", "features.denseblock3"),
+        ("googlenet", "inception4a"),
+        ("mobilenet_v3_small", "features.5.block.1"),
+        ("efficientnet_b0", "features.4"),
+        ("convnext_tiny", "features.5.1.block.0"),
+    ],
+)
+def test_inner_layers(name, layer):
+    model, images = build(name), torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    program = capture(model, images)
+    index, found = find_layer(program, model, layer, 2)
+    passed = cut(program, index, found).forward(images, Weights(program, model).values(), gradients=True)
+    classes = torch.tensor([[0, 5], [1, 1], [999, 3]])
+    gradients = passed.gradients(resolve_targets(classes, passed.output, 3))
+    for column in range(2):
+        features, output, expected = gradients_by_hook(model, layer, images, classes[:, column])
+        assert torch.equal(passed.features, features)
+        torch.testing.assert_close(passed.output, output, rtol=1e-5, atol=1e-5)
+        scale = expected.abs().max()
+        torch.testing.assert_close(gradients[:, column], expected, rtol=1e-3, atol=float(1e-4 * scale))
+
+
+def test_vision_transformer_asks_for_a_layer():
+    model = build("vit_b_16")
+    program = capture(model, torch.randn(1, 3, 224, 224))
+    with pytest.raises(ValueError, match=r"lies in or before attention layers"):
+        find_layer(program, model, None, 2)
+
+
+def test_swin_ends_in_a_feature_map():
+    model, images = build("swin_t"), torch.randn(1, 3, 64, 64)
+    program = capture(model, images)
+    index, name = find_layer(program, model, None, 2)
+    assert name == "permute"
+    assert program.nodes[index].shape == (None, 768, 2, 2)
