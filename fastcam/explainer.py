@@ -36,7 +36,8 @@ _PRECISIONS = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+#: What has been said about each model, so that it is said once.
+_told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,7 +200,8 @@ class Explainer:
         ]
         if unmet:
             raise RuntimeError(f"{' and '.join(unmet)} needs a captured network, but {reason}")
-        log.info("%s is explained through a forward hook: %s", type(self.model).__name__, reason)
+        if _first_time(self.model, reason):
+            log.warning("%s is explained through a forward hook: %s", type(self.model).__name__, reason)
         found: HookCut = hook_cut(self.model, self.layer, images)
         return found.forward(images, gradients=self.method.gradients)
 
@@ -318,12 +320,18 @@ def _check_match(images: torch.Tensor, parameter: torch.Tensor | None, precision
 
 
 def _warn_if_training(model: nn.Module) -> None:
-    if model not in _warned and any(module.training for module in model.modules()):
-        _warned.add(model)
+    if any(module.training for module in model.modules()) and _first_time(model, "train mode"):
         warnings.warn(
             f"{type(model).__name__} is in train mode; it is explained as in evaluation mode and left as it is",
             stacklevel=3,
         )
+
+
+def _first_time(model: nn.Module, topic: str) -> bool:
+    told = _told.setdefault(model, set())
+    first = topic not in told
+    told.add(topic)
+    return first
 
 
 def _check_size(size: Any) -> Any:

@@ -52,6 +52,11 @@ class Cut:
         self._head = Schedule(program, head, outputs | {feature}, in_place=True)
         self._head_graph = Schedule(program, head, outputs | {feature}, in_place=False)
         self.affine: AffineHead | None = analyse(program, feature, head_nodes) if head else None
+        # Of what enters the head beside the features, weights rearranged by the trunk can be computed again without an
+        # image, and the rest is the batch size: `analyse` lets nothing else enter an affine head.
+        self._sizes = self._crossing & program.descendants(program.input)
+        rearranged = program.ancestors(self._crossing - self._sizes)
+        self._probe = Schedule(program, head | rearranged, outputs, in_place=False)
 
     def forward(
         self,
@@ -112,7 +117,7 @@ class Cut:
         """The head's output on made-up features, whose batch size replaces the real one."""
         values = dict(leaves)
         values[self.feature] = probe
-        for index in self._crossing:
-            values[index] = len(probe)  # `analyse` lets no other value than the batch size cross into an affine head
-        self._head_graph.run(values)
+        for index in self._sizes:
+            values[index] = len(probe)
+        self._probe.run(values)
         return self.program.result(values)

@@ -331,7 +331,9 @@ def test_models_with_forward_hooks_are_not_captured(model):
 
 def test_errors_while_running_name_the_node(model):
     program = capture(model, torch.randn(2, 3, 9, 7))
-    with pytest.raises(RuntimeError, match=r"while running conv2d .*module 'conv', .*test_capture|while running conv2d"):
+    with pytest.raises(
+        RuntimeError, match=r"while running conv2d .*module 'conv', .*test_capture|while running conv2d"
+    ):
         run(program, model, torch.randn(2, 4, 9, 7))
 
 

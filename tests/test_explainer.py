@@ -1,0 +1,439 @@
+"""The public contract: what comes back, what is refused, and that the user's model is left as it was."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import fastcam
+from fastcam.program.capture import CaptureError, capture
+
+
+class Small(nn.Module):
+    """Two conv stages and pool + linear; `layer1` has an inner head, `layer2` a closed form."""
+
+    def __init__(self, classes: int = 5):
+        super().__init__()
+        self.layer1 = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(inplace=True))
+        self.layer2 = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(inplace=True))
+        self.drop = nn.Dropout(0.5)
+        self.fc = nn.Linear(8, classes)
+
+    def forward(self, x):
+        return self.fc(self.drop(self.layer2(self.layer1(x)).mean((2, 3))))
+
+
+class Branching(Small):
+    """The same network with a data-dependent branch, which cannot be captured."""
+
+    def forward(self, x):
+        if x.abs().sum() < 0:
+            return x
+        return super().forward(x)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Small().eval()
+
+
+@pytest.fixture
+def images():
+    return torch.randn(3, 3, 12, 10, generator=torch.Generator().manual_seed(1))
+
+
+def test_attribution_contract(model, images):
+    result = fastcam.attribute(model, images, "grad_cam")
+    assert result.maps.shape == (3, 12, 10)
+    assert result.raw.shape == (3, 6, 5)
+    assert result.weights.shape == (3, 8)
+    assert result.delta is None
+    assert torch.equal(result.scores, model(images))
+    assert torch.equal(result.targets, model(images).argmax(1))
+    assert result.valid.tolist() == [True, True, True]
+    assert (result.layer, result.method) == ("layer2", "grad_cam")
+    assert result.options["relu"] is True
+    assert result.maps.amin((1, 2)).tolist() == [0, 0, 0]
+    assert result.maps.amax((1, 2)).tolist() == [1, 1, 1]
+    assert not result.maps.requires_grad
+    assert not result.scores.requires_grad
+    with pytest.raises(AttributeError):
+        result.maps = None
+    assert repr(result) == "Attribution(method='grad_cam', layer='layer2', maps=(3, 12, 10) torch.float32)"
+
+
+def test_values_by_hand(model, images):
+    """maps = minmax(resize(relu(sum_k W[c,k] / Z A_k)))."""
+    with torch.no_grad():
+        features = model.layer2(model.layer1(images))
+        raw = torch.relu(torch.einsum("k,bkhw->bhw", model.fc.weight[2] / 30, features))
+        resized = functional.interpolate(raw[:, None], (12, 10), mode="bilinear", align_corners=False)[:, 0]
+    result = fastcam.attribute(model, images, "grad_cam", targets=2)
+    torch.testing.assert_close(result.weights, (model.fc.weight[2] / 30).detach().expand(3, -1))
+    torch.testing.assert_close(result.raw, raw)
+    low, high = resized.amin((1, 2), keepdim=True), resized.amax((1, 2), keepdim=True)
+    torch.testing.assert_close(result.maps, (resized - low) / (high - low))
+    plain = fastcam.attribute(model, images, "grad_cam", targets=2, normalize=False)
+    torch.testing.assert_close(plain.maps, resized)
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"), [("input", (12, 10)), ("layer", (6, 5)), ((7, 9), (7, 9)), ([2, 1], (2, 1))]
+)
+def test_sizes(model, images, size, shape):
+    assert fastcam.attribute(model, images, size=size).maps.shape == (3, *shape)
+
+
+@pytest.mark.parametrize("layer", ["layer1", "layer1.0", "layer2.1", "layer2"])
+def test_layers_by_name_and_by_module(model, images, layer):
+    by_name = fastcam.attribute(model, images, layer=layer)
+    by_module = fastcam.attribute(model, images, layer=model.get_submodule(layer))
+    assert torch.equal(by_name.maps, by_module.maps)
+    assert by_name.layer == by_module.layer == layer
+
+
+def test_several_targets_are_single_targets_side_by_side(model, images):
+    for layer in ("layer1", "layer2"):
+        several = fastcam.attribute(model, images, layer=layer, targets=[[0, 3], [1, 1], [4, 2]])
+        assert several.maps.shape == (3, 2, 12, 10)
+        for column, targets in enumerate(([0, 1, 4], [3, 1, 2])):
+            one = fastcam.attribute(model, images, layer=layer, targets=targets)
+            torch.testing.assert_close(several.maps[:, column], one.maps, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(several.weights[:, column], one.weights, rtol=1e-5, atol=1e-7)
+    top = fastcam.attribute(model, images, targets="top2")
+    assert torch.equal(top.targets, model(images).topk(2).indices)
+
+
+@pytest.mark.parametrize("layer", ["layer1", "layer2"])
+def test_callable_targets(model, images, layer):
+    def margin(output):
+        return output[:, 1] - output[:, 3]
+
+    pair = fastcam.attribute(model, images, layer=layer, targets=[[1, 3]] * 3, normalize=False)
+    found = fastcam.attribute(model, images, layer=layer, targets=margin, normalize=False)
+    torch.testing.assert_close(found.weights, pair.weights[:, 0] - pair.weights[:, 1], rtol=1e-4, atol=1e-7)
+    assert found.targets is margin
+
+
+def test_structured_outputs_take_a_callable(images):
+    class Two(Small):
+        def forward(self, x):
+            return {"logits": super().forward(x), "extra": (x.mean(),)}
+
+    torch.manual_seed(0)
+    structured, plain = Two().eval(), Small().eval()
+    plain.load_state_dict(structured.state_dict())
+    found = fastcam.attribute(structured, images, targets=lambda out: out["logits"][:, 1])
+    torch.testing.assert_close(found.maps, fastcam.attribute(plain, images, targets=1).maps)
+    assert set(found.scores) == {"logits", "extra"}
+    with pytest.raises(TypeError, match="targets=callable"):
+        fastcam.attribute(structured, images)
+
+
+@pytest.mark.parametrize("method", list(fastcam.methods()))
+@pytest.mark.parametrize("layer", ["layer1", "layer2"])
+def test_hook_path_gives_the_same(images, method, layer):
+    torch.manual_seed(0)
+    captured, hooked = Small().eval(), Branching().eval()
+    hooked.load_state_dict(captured.state_dict())
+    with pytest.raises(CaptureError):
+        capture(hooked, images)
+    if method == "cam":
+        with pytest.raises(ValueError, match="cam needs a head"):
+            fastcam.attribute(hooked, images, method, layer=layer)
+        return
+    expected = fastcam.attribute(captured, images, method, layer=layer, targets=[[0, 3]] * 3)
+    found = fastcam.attribute(hooked, images, method, layer=layer, targets=[[0, 3]] * 3)
+    torch.testing.assert_close(found.maps, expected.maps, rtol=1e-4, atol=1e-5)
+    automatic = fastcam.attribute(hooked, images, method, targets=1)
+    assert automatic.layer in ("layer2", "layer2.2")
+
+
+def test_modules_without_computation_take_the_hook_path(images):
+    class WithIdentity(Small):
+        def __init__(self):
+            super().__init__()
+            self.tap = nn.Identity()
+
+        def forward(self, x):
+            return self.fc(self.tap(self.layer2(self.layer1(x))).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = WithIdentity().eval()
+    torch.testing.assert_close(
+        fastcam.attribute(model, images, layer="tap").maps, fastcam.attribute(model, images, layer="layer2").maps
+    )
+
+
+def test_wrapped_models_are_explained_as_what_they_wrap(model, images):
+    expected = fastcam.attribute(model, images).maps
+    assert torch.equal(fastcam.attribute(nn.DataParallel(model), images).maps, expected)
+    assert torch.equal(fastcam.attribute(torch.compile(model), images).maps, expected)
+
+
+@pytest.mark.parametrize("method", list(fastcam.methods()))
+@pytest.mark.parametrize("targets", [None, [], "top2"])
+def test_empty_batch(model, images, method, targets):
+    result = fastcam.attribute(model, images[:0], method, targets=targets)
+    several = (2,) if targets == "top2" else ()
+    assert result.maps.shape == (0, *several, 12, 10)
+    assert result.raw.shape == (0, *several, 6, 5)
+    assert result.scores.shape == (0, 5)
+    assert result.valid.shape == (0,)
+    assert result.targets.shape == (0, *several)
+
+
+def test_batch_independence(model, images):
+    together = fastcam.attribute(model, images, "layer_cam", layer="layer1", targets=[0, 1, 2]).maps
+    for i in range(3):
+        alone = fastcam.attribute(model, images[i : i + 1], "layer_cam", layer="layer1", targets=[i]).maps
+        torch.testing.assert_close(together[i : i + 1], alone, rtol=1e-4, atol=1e-5)
+
+
+def snapshot(model: nn.Module) -> dict:
+    return {
+        "state": {k: v.clone() for k, v in model.state_dict().items()},
+        "versions": [p._version for p in model.parameters()],
+        "flags": [m.training for m in model.modules()],
+        "requires": [p.requires_grad for p in model.parameters()],
+        "grads": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks), len(m._backward_hooks)) for m in model.modules()],
+        "attributes": [sorted(vars(m)) for m in model.modules()],
+        "rng": torch.get_rng_state(),
+        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "default dtype": torch.get_default_dtype(),
+    }
+
+
+def assert_same(before: dict, after: dict) -> None:
+    for key in before:
+        for one, other in zip(_flat(before[key]), _flat(after[key]), strict=True):
+            same = torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+            assert same, key
+
+
+def _flat(value):
+    if isinstance(value, dict):
+        return [item for pair in value.items() for item in pair]
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+class Boom(Exception):
+    pass
+
+
+def _score_fails(output):
+    raise Boom
+
+
+@pytest.mark.parametrize("kind", [Small, Branching])
+@pytest.mark.parametrize("layer", ["layer1", "layer2"])
+@pytest.mark.parametrize("outcome", ["success", "score fails", "bad target", "forward fails"])
+@pytest.mark.parametrize("mode", ["grad", "no_grad", "inference_mode"])
+def test_the_model_is_untouched(images, kind, layer, outcome, mode):
+    torch.manual_seed(0)
+    model = kind()
+    model.layer1.eval()  # a mixture of flags
+    for parameter in model.layer2.parameters():
+        parameter.requires_grad_(False)
+    model.fc.weight.grad = torch.ones_like(model.fc.weight)
+    targets = {"success": [[0, 1]] * 3, "score fails": _score_fails, "bad target": 77, "forward fails": 0}[outcome]
+    given = images.clone() if outcome != "forward fails" else torch.randn(3, 4, 12, 10)
+    kept = given.clone()
+    context = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference_mode": torch.inference_mode}[mode]
+    before = snapshot(model)
+    with warnings.catch_warnings(), context():
+        warnings.simplefilter("ignore")
+        inside = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+        if outcome == "success":
+            fastcam.attribute(model, given, "grad_cam", layer=layer, targets=targets)
+        else:
+            error = {"score fails": Boom, "bad target": IndexError, "forward fails": RuntimeError}[outcome]
+            with pytest.raises(error):
+                fastcam.attribute(model, given, "grad_cam", layer=layer, targets=targets)
+        assert inside == (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    assert_same(before, snapshot(model))
+    assert torch.equal(given, kept)
+
+
+def test_results_do_not_depend_on_the_callers_grad_mode(model, images):
+    expected = fastcam.attribute(model, images, layer="layer1").maps
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert torch.equal(fastcam.attribute(model, images.clone(), layer="layer1").maps, expected)
+
+
+def test_explaining_inside_a_training_loop_does_not_disturb_it(images):
+    def train(explain: bool) -> dict:
+        torch.manual_seed(3)
+        model = Small().train()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        for _ in range(3):
+            loss = functional.cross_entropy(model(images), torch.tensor([0, 1, 2]))
+            loss.backward()
+            if explain:
+                fastcam.attribute(model, images, "grad_cam", layer="layer1")
+            optimizer.step()
+            optimizer.zero_grad()
+        return copy.deepcopy(model.state_dict())
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for one, other in zip(train(False).values(), train(True).values(), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_train_mode_is_explained_as_eval_mode_with_one_warning(model, images):
+    expected = fastcam.attribute(model, images).maps
+    model.train()
+    with pytest.warns(UserWarning, match="Small is in train mode"):
+        assert torch.equal(fastcam.attribute(model, images).maps, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(fastcam.attribute(model, images).maps, expected)
+    assert model.training
+    assert model.layer1[1].num_batches_tracked == 0
+
+
+def test_precision_and_channels_last(model, images):
+    expected = fastcam.attribute(model, images).maps
+    for options, tolerance in (
+        ({"precision": "fp64"}, 1e-5),
+        ({"channels_last": True}, 1e-5),
+        ({"precision": "bf16", "channels_last": True}, 0.1),
+    ):
+        explainer = fastcam.Explainer(model, "grad_cam", **options)
+        result = explainer(images)
+        torch.testing.assert_close(result.maps.float(), expected, rtol=0, atol=tolerance)
+        with torch.no_grad():
+            model.fc.weight.neg_()
+        changed = explainer(images, result.targets).maps
+        assert not torch.allclose(changed.float(), expected, atol=0.2)
+        with torch.no_grad():
+            model.fc.weight.neg_()
+        assert torch.equal(explainer(images).maps, result.maps)
+    assert model.fc.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("layer", ["layer1", "layer2"])
+def test_compiled_explainer_agrees(model, images, layer):
+    expected = fastcam.attribute(model, images, layer=layer).maps
+    found = fastcam.Explainer(model, "grad_cam", layer=layer, compile=True)(images).maps
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_hook_path_refuses_what_needs_a_capture(images):
+    with pytest.raises(RuntimeError, match=r"precision='bf16' and channels_last=True needs? a captured network, but"):
+        fastcam.Explainer(Branching().eval(), "grad_cam", precision="bf16", channels_last=True)(images)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda m, x: fastcam.attribute("resnet", x), TypeError, "model must be a torch.nn.Module; got str"),
+        (lambda m, x: fastcam.attribute(m, x.numpy()), TypeError, "images must be a torch.Tensor"),
+        (lambda m, x: fastcam.attribute(m, (x * 9).to(torch.uint8)), TypeError, "floating point.*got torch.uint8"),
+        (lambda m, x: fastcam.attribute(m, x[0, 0]), ValueError, "is the batch dimension missing"),
+        (lambda m, x: fastcam.attribute(m, x[:, :, :0]), ValueError, "hold no pixels"),
+        (lambda m, x: fastcam.attribute(m, x.double()), TypeError, "float64 and the model's parameters are .*float32"),
+        (lambda m, x: fastcam.attribute(m, x.to("meta")), ValueError, "images are on meta and the model is on cpu"),
+        (lambda m, x: fastcam.attribute(m, x, "gradcam"), ValueError, "did you mean 'grad_cam'"),
+        (lambda m, x: fastcam.attribute(m, x, layer="layer9"), ValueError, "no layer 'layer9'; close names: 'layer"),
+        (lambda m, x: fastcam.attribute(m, x, layer=nn.ReLU()), ValueError, "not a module of this Small"),
+        (lambda m, x: fastcam.attribute(m, x, layer=3), TypeError, "layer must be None, a dotted module name"),
+        (lambda m, x: fastcam.attribute(m, x, layer="fc"), ValueError, r"'fc' has no spatial extent.*\(B, 5\)"),
+        (lambda m, x: fastcam.attribute(m, x, targets=5), IndexError, "target 5 is out of range"),
+        (lambda m, x: fastcam.attribute(m, x, targets=[0, 1]), ValueError, "do not fit a batch of 3"),
+        (lambda m, x: fastcam.attribute(m, x, size="full"), ValueError, "size must be 'input', 'layer'"),
+        (lambda m, x: fastcam.attribute(m, x, size=(0, 4)), ValueError, "size must be"),
+        (lambda m, x: fastcam.attribute(m, x, size=(3, 3, 3)), ValueError, "2 spatial dimensions"),
+        (lambda m, x: fastcam.attribute(m, x, rely=False), TypeError, "no option 'rely'; did you mean 'relu'.*options"),
+        (lambda m, x: fastcam.attribute(m, x, on_nonfinite="x"), ValueError, "on_nonfinite must be"),
+        (lambda m, x: fastcam.Explainer(m, "cam", precision="int8"), ValueError, "precision must be None or one of"),
+        (lambda m, x: fastcam.attribute(m, x, "cam", layer="layer1"), ValueError, "cam needs a head"),
+        (lambda m, x: fastcam.attribute(m, x, targets=lambda o: o), ValueError, r"shape \(3,\); it returned shape"),
+        (lambda m, x: fastcam.attribute(m, x, layer="layer1", targets=lambda o: o), ValueError, r"shape \(3,\)"),
+        (lambda m, x: fastcam.attribute(m, x, targets=lambda o: o[:, 0].detach()), RuntimeError, "'layer2'.*detach"),
+    ],
+)
+def test_bad_input(model, images, call, error, says):
+    with pytest.raises(error, match=says):
+        call(model, images)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="unknown backend"), fastcam.backend("cudaa"):
+        pass
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("layer", ["layer1", "layer2"])
+def test_nonfinite_images(model, images, bad, layer):
+    images[1, 0, 3, 3] = bad
+    with pytest.raises(ValueError, match=rf"features of layer '{layer}' are not finite for image 1 \(1 of 3"):
+        fastcam.attribute(model, images, layer=layer)
+    masked = fastcam.attribute(model, images, layer=layer, on_nonfinite="mask")
+    assert masked.valid.tolist() == [True, False, True]
+    assert not masked.maps[1].any()
+    clean = images.clone()
+    clean[1] = 0
+    torch.testing.assert_close(masked.maps[[0, 2]], fastcam.attribute(model, clean, layer=layer).maps[[0, 2]])
+
+
+def test_nonfinite_weights_are_named(model, images):
+    with torch.no_grad():
+        model.fc.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="model's output is not finite for image 0"):
+        fastcam.attribute(model, images, targets=1)
+
+
+def test_flat_maps_are_zero_not_nan(model, images):
+    with torch.no_grad():
+        model.fc.weight[0] = 0
+    result = fastcam.attribute(model, images, targets=0)
+    assert not result.maps.any()
+    assert result.valid.all()
+
+
+def test_a_slow_fallback_says_so_once(images, caplog):
+    model = Branching().eval()
+    with caplog.at_level(logging.INFO, logger="fastcam"):
+        explainer = fastcam.Explainer(model, "grad_cam")
+        explainer(images)
+        explainer(images)
+    lines = [record.message for record in caplog.records if "forward hook" in record.message]
+    assert len(lines) == 1
+    assert "Branching is explained through a forward hook: torch.export cannot trace it" in lines[0]
+
+
+def test_importing_is_cheap():
+    """No triton, no export machinery, no plotting, no CUDA context, nothing printed."""
+    code = (
+        "import sys, fastcam\n"
+        "loaded = [n for n in ('triton', 'sympy', 'torch._dynamo', 'matplotlib', 'PIL', 'sklearn') if n in sys.modules]\n"
+        "import torch\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert not loaded, loaded\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+
+
+def test_methods_lists_options_and_sources():
+    listed = fastcam.methods()
+    assert list(listed)[:2] == ["cam", "grad_cam"]
+    for row in listed.values():
+        assert row["summary"]
+        assert row["source"]
+        assert "relu" in row["options"]
+    assert listed["cam"]["options"]["relu"] is False
