@@ -419,7 +419,8 @@ def test_importing_is_cheap():
     """No triton, no export machinery, no plotting, no CUDA context, nothing printed."""
     code = (
         "import sys, fastcam\n"
-        "loaded = [n for n in ('triton', 'sympy', 'torch._dynamo', 'matplotlib', 'PIL', 'sklearn') if n in sys.modules]\n"
+        "heavy = ('triton', 'sympy', 'torch._dynamo', 'matplotlib', 'PIL', 'sklearn')\n"
+        "loaded = [name for name in heavy if name in sys.modules]\n"
         "import torch\n"
         "assert not torch.cuda.is_initialized()\n"
         "assert not loaded, loaded\n"

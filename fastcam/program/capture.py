@@ -131,6 +131,8 @@ def _capture(model: nn.Module, images: torch.Tensor) -> Program:
             log.debug("capture: %s; letting torch.export functionalise the graph", reason)
         try:
             return _convert(exported.run_decompositions({}))
+        except CaptureError:
+            raise
         except Exception as error:
             raise CaptureError(f"torch.export cannot functionalise it: {_first_line(error)}") from error
 

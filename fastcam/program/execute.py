@@ -68,7 +68,10 @@ class Weights:
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     content = None
     if tensor.device.type == "cpu" and tensor.numel():
-        content = int(torch.hash_tensor(tensor).item())
+        words = tensor
+        if tensor.is_contiguous() and tensor.numel() * tensor.element_size() % 8 == 0:
+            words = tensor.flatten().view(torch.int64)  # four times as fast: as the memory can be read
+        content = int(torch.hash_tensor(words).item())
     return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), content
 
 

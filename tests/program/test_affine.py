@@ -64,14 +64,14 @@ HEADS = {
         True,
         False,
         True,
-    ),  # noqa: E501
+    ),
     "skip": (lambda: Fn(lambda s, x: s.fc(x.mean((2, 3)) + x.sum((2, 3))), fc=nn.Linear(K, 4)), True, False, True),
     "cat": (
         lambda: Fn(lambda s, x: s.fc(torch.cat([x.mean((2, 3)), x[:, :, 0, 0]], 1)), fc=nn.Linear(2 * K, 4)),
         True,
         False,
         False,
-    ),  # noqa: E501
+    ),
     "matmul": (lambda: Fn(lambda s, x: x.mean((2, 3)) @ s.fc.weight.t(), fc=nn.Linear(K, 4)), True, False, True),
     "constant output": (lambda: Fn(lambda s, x: s.fc(x.mean((2, 3)) * 0 + 1), fc=nn.Linear(K, 4)), True, False, True),
     "relu": (lambda: nn.Sequential(gap(), nn.Flatten(), nn.ReLU(), nn.Linear(K, 4)), False, False, False),
@@ -85,7 +85,7 @@ HEADS = {
         False,
         False,
         False,
-    ),  # noqa: E501
+    ),
     "reciprocal": (lambda: Fn(lambda s, x: s.fc(1 / (1 + x.mean((2, 3)))), fc=nn.Linear(K, 4)), False, False, False),
 }
 

@@ -115,25 +115,28 @@ def test_layer_output_is_the_value_before_an_in_place_consumer():
         assert (values[index] < 0).any()
 
 
-def test_writes_through_views_and_into_the_input():
-    class Slices(nn.Module):
+def test_writes_into_the_input_leave_the_users_tensor_alone():
+    class Doubles(nn.Module):
         def forward(self, x):
             x.mul_(2)
-            y = x + torch.ones(3, 1, 1)
-            y[:, 0] = 0
-            y[:, 1:].add_(1)
-            return (functional.relu(y) - x).sum((2, 3))
+            return (functional.relu(x) - x).sum((2, 3))
 
-    model = Slices()
+    model = Doubles()
     images = torch.randn(3, 3, 4, 4)
     kept = images.clone()
-    try:
-        found = run(capture(model, images), model, images)
-    except CaptureError as error:  # a writer into its own input may be refused, never explained wrongly
-        assert "input" in str(error)
-    else:
-        assert torch.equal(images, kept)
-        assert torch.allclose(found, model(images.clone()), atol=1e-6)
+    found = run(capture(model, images), model, images)
+    assert torch.equal(images, kept)
+    assert torch.equal(found, model(images.clone()))
+
+
+def test_writes_into_views_of_the_input_are_refused():
+    class Clears(nn.Module):
+        def forward(self, x):
+            x[:, 0] = 0
+            return x.sum((2, 3))
+
+    with pytest.raises(CaptureError, match="writes into its own parameters, buffers or input"):
+        capture(Clears(), torch.randn(3, 3, 4, 4))
 
 
 def test_view_mutation_of_an_intermediate():
@@ -331,9 +334,7 @@ def test_models_with_forward_hooks_are_not_captured(model):
 
 def test_errors_while_running_name_the_node(model):
     program = capture(model, torch.randn(2, 3, 9, 7))
-    with pytest.raises(
-        RuntimeError, match=r"while running conv2d .*module 'conv', .*test_capture|while running conv2d"
-    ):
+    with pytest.raises(RuntimeError, match=r"while running conv2d \(conv2d\) in module 'conv', .*conv.py:"):
         run(program, model, torch.randn(2, 4, 9, 7))
 
 
