@@ -55,7 +55,8 @@ class Attribution:
     method   name of the method
     options  the method's options as used
 
-    All tensors are on the images' device and carry no gradient. Maps are float32, or float64 for float64 images.
+    All tensors are on the images' device and carry no gradient. Maps are float32, or float64 where the network runs in
+    float64.
     """
 
     maps: torch.Tensor
@@ -238,6 +239,8 @@ class Explainer:
             valid = valid & targets.valid
         behaviour = self.options.on_nonfinite or ("raise" if maps.device.type == "cpu" else "mask")
         if behaviour == "raise":
+            if targets.valid is not None and not bool(targets.valid.all()):
+                raise IndexError(f"a target of image {int((~targets.valid).nonzero()[0])} is out of range")
             if not bool(valid.all()):
                 raise ValueError(_nonfinite_message(valid, features, output, passed.layer, self.method.name))
             return maps, raw, valid
@@ -248,7 +251,7 @@ class Explainer:
     def _empty(self, images: torch.Tensor, targets: TargetSpec) -> Attribution:
         """The result for no images: one made-up image goes through, and nothing of it is kept."""
         with neutral_modes():
-            one = self._explain(images.new_zeros((1, *images.shape[1:])), None)
+            one = self._explain(images.new_zeros((1, *images.shape[1:])), targets if callable(targets) else None)
             nothing = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t[:0], one.scores)
             resolved = resolve_targets(targets, nothing, 0)
         several = (resolved.indices.shape[1],) if resolved.several and resolved.indices is not None else ()
