@@ -118,7 +118,8 @@ def ring(
 class Group:
     """One image of a panel: a large picture with a caption, beside it rows of a label and one cell a column.
 
-    picture and cells are uint8 (H,W,3); the text of a cell that is a string stands in an empty field.
+    picture and cells are uint8 (H,W,3); the text of a cell that is a string stands in an empty field. A label's first
+    line is large, further lines are small.
     """
 
     picture: Tensor
@@ -150,7 +151,7 @@ def panel(
     gap, margin, ink, grey = 4, 20, (28, 30, 34), (112, 117, 125)
     text, small, large = (ImageFont.load_default(size) for size in (cell // 7, cell // 8, cell // 5))
     picture = max(len(group.rows) for group in groups) * (cell + gap) - gap
-    label_width = 2 * cell // 5
+    label_width = cell // 2
     left = margin + picture + label_width
     titles = [_wrapped(column, text.getlength, cell) for column in columns]
     top = margin + (cell // 3 if title else 0) + cell // 6 * max(len(each.splitlines()) for each in ("", *titles))
@@ -170,7 +171,9 @@ def panel(
         draw.text((margin, top + tall + 5), group.caption, grey, text)
         for number, (label, cells) in enumerate(group.rows):
             upper = top + number * (cell + gap)
-            draw.text((left - label_width / 2, upper + cell / 2), label, ink, large, anchor="mm")
+            head, _, rest = label.partition("\n")
+            draw.text((left - label_width / 2, upper + cell / 2), head, ink, large, anchor="mm")
+            draw.multiline_text((left - label_width / 2, upper + 5 * cell / 8), rest, grey, small, anchor="ma")
             for place, content in enumerate(cells):
                 corner = (left + place * (cell + gap), upper)
                 if isinstance(content, str):

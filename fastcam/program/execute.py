@@ -69,7 +69,8 @@ def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
     content = None
     if tensor.device.type == "cpu" and tensor.numel():
         words = tensor
-        if tensor.is_contiguous() and tensor.numel() * tensor.element_size() % 8 == 0:
+        bytes_, start = (n * tensor.element_size() for n in (tensor.numel(), tensor.storage_offset()))
+        if tensor.is_contiguous() and bytes_ % 8 == 0 and start % 8 == 0:
             words = tensor.flatten().view(torch.int64)  # four times as fast: as the memory can be read
         content = int(torch.hash_tensor(words).item())
     return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), content

@@ -93,9 +93,9 @@ def measure(name: str, model: nn.Module, scenes: Scenes, methods: Sequence[str])
             rows.append(Row(name, method, nan, nan, nan, "", str(error)))
             continue
         torch.testing.assert_close(result.scores, expected, rtol=1e-3, atol=1e-3)
-        plain, full = _alternate(forward, lambda explainer=explainer: explainer(part, targets))  # type: ignore[misc]
+        seconds, multiple = _alternate(forward, lambda explainer=explainer: explainer(part, targets))  # type: ignore[misc]
         pointing = pointing_accuracy(result.maps, scenes.masks)
-        rows.append(Row(name, method, pointing, 1e3 * full / len(part), full / plain, backend))
+        rows.append(Row(name, method, pointing, 1e3 * seconds / len(part), multiple, backend))
     return rows
 
 
@@ -126,7 +126,7 @@ def draw(models: dict[str, nn.Module], methods: Sequence[str], path: Path, *, ce
     groups = [
         _group(name, model, index, methods, cell) for name, model in models.items() for index in PICTURE_SCENES[name]
     ]
-    note = "ring: the map's highest pixel, white where it lies on the digit, magenta where it does not"
+    note = "p: the model's probability of the digit. Ring: the map's peak, white on the digit, magenta beside it."
     return render.panel(groups, path, columns=["mask", *methods], note=note, cell=cell)
 
 
@@ -148,9 +148,8 @@ def _group(name: str, model: nn.Module, index: int, methods: Sequence[str], cell
             row.append(_cell(image[0], attribution, mask))
     with torch.inference_mode():
         probabilities = model(inputs)[0].sigmoid()[scenes.labels[0]].tolist()
-    labels = [f"{digit}" for digit in scenes.labels[0].tolist()]
-    caption = f"{name}, " + ", ".join(f"p({d}) = {p:.2f}" for d, p in zip(labels, probabilities, strict=True))
-    return render.Group(render.to_pixels(scenes.images[0]), caption, list(zip(labels, cells, strict=True)))
+    labels = [f"{digit}\np {p:.2f}" for digit, p in zip(scenes.labels[0].tolist(), probabilities, strict=True)]
+    return render.Group(render.to_pixels(scenes.images[0]), name, list(zip(labels, cells, strict=True)))
 
 
 def _cell(image: Tensor, attribution: Tensor, mask: Tensor) -> Tensor:
@@ -160,19 +159,21 @@ def _cell(image: Tensor, attribution: Tensor, mask: Tensor) -> Tensor:
     return render.ring(pixels, row, column, colour=(255, 255, 255) if mask[row, column] else (255, 0, 200))
 
 
-def _alternate(
-    first: Callable[[], object], second: Callable[[], object], *, seconds: float = 1.5
-) -> tuple[float, float]:
-    """Median seconds of both calls, alternating, after a warm-up: at least 3 rounds, at most 15, about `seconds`."""
-    first(), second()
-    times: tuple[list[float], list[float]] = ([], [])
+def _alternate(plain: Callable[[], object], full: Callable[[], object], *, budget: float = 2.0) -> tuple[float, float]:
+    """Median seconds of `full`, and median over rounds of full / plain, each round one call of both after a warm-up.
+
+    At least 5 rounds, at most 25, about `budget` seconds.
+    """
+    plain(), full()
+    times: list[tuple[float, float]] = []
     begin = time.perf_counter()
-    while len(times[0]) < 3 or (len(times[0]) < 15 and time.perf_counter() - begin < seconds):
-        for call, record in zip((first, second), times, strict=True):
-            start = time.perf_counter()
-            call()
-            record.append(time.perf_counter() - start)
-    return median(times[0]), median(times[1])
+    while len(times) < 5 or (len(times) < 25 and time.perf_counter() - begin < budget):
+        start = time.perf_counter()
+        plain()
+        between = time.perf_counter()
+        full()
+        times.append((between - start, time.perf_counter() - between))
+    return median(second for _, second in times), median(second / first for first, second in times)
 
 
 def _backend() -> str:
