@@ -113,6 +113,8 @@ class Explainer:
     ):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TypeError("a TorchScript model cannot be looked into; pass the torch.nn.Module it was made from")
         if precision is not None and precision not in _PRECISIONS:
             raise ValueError(f"precision must be None or one of {', '.join(_PRECISIONS)}; got {precision!r}")
         self.model = unwrap(model)
@@ -175,7 +177,8 @@ class Explainer:
         own = parameter.dtype if parameter is not None else images.dtype
         try:
             program = capture(self.model, images.to(own))
-            feature, name = find_layer(program, self.model, self.layer, images.ndim - 2)
+            reshaped = self.options.reshape_transform is not None
+            feature, name = find_layer(program, self.model, self.layer, images.ndim - 2, reshaped)
         except (CaptureError, LayerNotInProgram) as reason:
             return self._pass_by_hook(images, str(reason))
         if program not in self._weights:

@@ -8,9 +8,12 @@ import math
 from torch import nn
 
 from .capture import Program
-from .nodes import Node
+from .nodes import Node, op_name
 
 __all__ = ["LayerNotInProgram", "check_spatial", "find_layer", "layer_names", "unknown_layer"]
+
+
+_KEEPS_ORDER = frozenset({"getitem", "clone", "contiguous", "alias", "_to_copy"})
 
 
 class LayerNotInProgram(LookupError):
@@ -45,17 +48,30 @@ def unknown_layer(layer: str, model: nn.Module) -> ValueError:
     )
 
 
-def find_layer(program: Program, model: nn.Module, layer: str | nn.Module | None, spatial_rank: int) -> tuple[int, str]:
+def find_layer(
+    program: Program, model: nn.Module, layer: str | nn.Module | None, spatial_rank: int, reshaped: bool = False
+) -> tuple[int, str]:
     """Index of the layer's output value and the layer's name.
 
-    layer  None: the last spatial feature map before pooling · dotted module name · module. A module that runs several
-           times stands for its last run.
+    layer     None: the last spatial feature map before pooling · dotted module name · module. A module that runs
+              several times stands for its last run.
+    reshaped  whether a `reshape_transform` will rearrange the output
 
-    Raises ValueError or TypeError as `layer_names` does, TypeError for a layer with several outputs, and
-    LayerNotInProgram where only running the module itself can tell.
+    Raises ValueError or TypeError as `layer_names` does, TypeError for a layer with several outputs or, unless
+    `reshaped`, with its channels last, and LayerNotInProgram where only running the module itself can tell.
     """
-    if layer is None:
-        return _last_spatial(program, spatial_rank)
+    index, name = _last_spatial(program, spatial_rank) if layer is None else _named(program, model, layer)
+    shape = program.nodes[index].shape or ()
+    if not reshaped and len(shape) == spatial_rank + 2 and _is_channels_last(program, index):
+        order = ", ".join(str(d) for d in (0, spatial_rank + 1, *range(1, spatial_rank + 1)))
+        raise TypeError(
+            f"layer '{name}' gives feature maps with their channels last, {_shown(shape)}; "
+            f"pass layer='{name}', reshape_transform=lambda t: t.permute({order})"
+        )
+    return index, name
+
+
+def _named(program: Program, model: nn.Module, layer: str | nn.Module) -> tuple[int, str]:
     needed = program.ancestors(program.output_indices)
     names = layer_names(model, layer)
     for name in names:
@@ -70,11 +86,31 @@ def find_layer(program: Program, model: nn.Module, layer: str | nn.Module | None
     raise LayerNotInProgram(f"layer '{names[0]}' computes nothing the output needs")
 
 
+def _shown(shape: tuple[int | None, ...]) -> str:
+    return "(" + ", ".join("B" if size is None else str(size) for size in shape) + ")"
+
+
+def _is_channels_last(program: Program, index: int) -> bool:
+    """Whether a value has its channels in the last dimension: a linear layer or layer norm over that dimension made it,
+    perhaps followed by elementwise steps."""
+    seen: set[int] = set()
+    stack = [index]
+    while stack:
+        node = program.nodes[stack.pop()]
+        if node.kind == "linear" or op_name(node.target) in ("layer_norm", "native_layer_norm", "rms_norm"):
+            return True
+        if node.kind in ("add", "mul", "activation") or op_name(node.target) in _KEEPS_ORDER:
+            same = {ref for ref in node.refs() if program.nodes[ref].shape in (node.shape, None)}
+            stack.extend(same - seen)
+            seen |= same
+    return False
+
+
 def check_spatial(shape: tuple[int | None, ...], name: str, spatial_rank: int, reshaped: bool) -> None:
-    """Raise unless `shape` is (B, K, *spatial) with `spatial_rank` spatial dimensions."""
+    """Raise unless `shape` is (B, K, *spatial); `reshaped` says that the user's `reshape_transform` made it."""
     if len(shape) == spatial_rank + 2:
         return
-    shown = "(" + ", ".join("B" if size is None else str(size) for size in shape) + ")"
+    shown = _shown(shape)
     if reshaped:
         raise TypeError(f"reshape_transform made {shown} of layer '{name}'; it must return (B, K, *spatial)")
     if len(shape) == 3:

@@ -107,3 +107,7 @@ def test_swin_ends_in_a_feature_map():
     index, name = find_layer(program, model, None, 2)
     assert name == "permute"
     assert program.nodes[index].shape == (None, 768, 2, 2)
+    for layer in ("norm", "features.7", "features.7.1.mlp"):  # blocks keep (B, H, W, C)
+        with pytest.raises(TypeError, match=r"channels last, \(B, 2, 2, 768\).*t.permute\(0, 3, 1, 2\)"):
+            find_layer(program, model, layer, 2)
+        assert find_layer(program, model, layer, 2, reshaped=True)[1] == layer
