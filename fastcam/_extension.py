@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-import sys
+import platform
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,15 +41,15 @@ class ExtensionMismatch(ImportError):
 
 def running() -> dict[str, Any]:
     """What an extension must have been built for to be loaded here."""
-    return abi_key(torch.__version__, torch.version.cuda)
+    return abi_key(torch.__version__, torch.version.cuda, platform.python_version())
 
 
-def abi_key(torch_version: str, cuda_version: str | None) -> dict[str, Any]:
+def abi_key(torch_version: str, cuda_version: str | None, python_version: str) -> dict[str, Any]:
     """The versions that decide binary compatibility: torch major.minor, CUDA major, Python tag."""
     return {
         "torch": ".".join(torch_version.split(".")[:2]),
         "cuda": cuda_version.split(".")[0] if cuda_version else None,
-        "python": f"cp{sys.version_info.major}{sys.version_info.minor}",
+        "python": "cp" + "".join(python_version.split(".")[:2]),
     }
 
 
@@ -65,7 +65,7 @@ def _load() -> ModuleType | ImportError:
     record = build_record()
     if not record["built"]:
         return ExtensionNotBuilt(record["reason"])
-    built_for = abi_key(record["torch"], record["cuda"])
+    built_for = abi_key(record["torch"], record["cuda"], record["python"])
     if built_for != running():
         return ExtensionMismatch(built_for, running())
     try:

@@ -197,6 +197,8 @@ def backends() -> dict[str, Any]:
 
 def _availability(candidate: str, ops: dict[str, dict[str, Any]]) -> str | None:
     """None if the backend serves every op on some device of this machine, else its first reason."""
+    if candidate in ("cuda", "triton") and not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        return "no CUDA device is visible"
     for devices in ops.values():
         reasons = [report["reasons"].get(candidate) for report in devices.values()]
         if None not in reasons:

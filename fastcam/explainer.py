@@ -17,8 +17,8 @@ from torch import nn
 from fastcam import methods as registry
 from fastcam.methods._maps import finish
 from fastcam.methods._method import Passage
-from fastcam.program.capture import CaptureError, Program, capture
-from fastcam.program.cut import cut
+from fastcam.program.capture import CaptureError, capture
+from fastcam.program.cut import Cut, cut
 from fastcam.program.execute import Weights
 from fastcam.program.forward import Forward
 from fastcam.program.hooks import HookCut, hook_cut
@@ -88,7 +88,8 @@ class Explainer:
     size           "input": the images' size · "layer": the layer's · (H, W)
     normalize      min-max scale each map to [0, 1] after resizing; a constant map becomes zeros
     precision      None: the model's own · "bf16", "fp16", "fp32", "fp64": run the network with converted weights
-    channels_last  run the network in channels_last layout
+    channels_last  run the network in channels_last layout, with converted weights. Either conversion also folds batch
+                   norms into convolutions; scores then equal the model's to rounding, not to the bit
     compile        run trunk and head through `torch.compile`
     options        the method's options; an unknown one is an error that lists the known ones
 
@@ -128,7 +129,7 @@ class Explainer:
         self.precision = precision
         self.channels_last = channels_last
         self.compile = compile
-        self._weights: weakref.WeakKeyDictionary[Program, Weights] = weakref.WeakKeyDictionary()
+        self._weights: weakref.WeakKeyDictionary[Cut, Weights] = weakref.WeakKeyDictionary()
 
     def __repr__(self) -> str:
         return f"Explainer({type(self.model).__name__}, {self.method.name!r}, layer={self.layer!r})"
@@ -181,15 +182,19 @@ class Explainer:
             feature, name = find_layer(program, self.model, self.layer, images.ndim - 2, reshaped)
         except (CaptureError, LayerNotInProgram) as reason:
             return self._pass_by_hook(images, str(reason))
-        if program not in self._weights:
-            dtype = _PRECISIONS[self.precision] if self.precision is not None else None
-            self._weights[program] = Weights(program, self.model, dtype, self.channels_last)
-        dtype = _PRECISIONS[self.precision] if self.precision is not None else own
+        dtype = None if self.precision is None else _PRECISIONS[self.precision]
+        # A run that converts the weights may as well fold the batch norms; the plain one gives the model's own bits.
+        made = cut(program, feature, name, folded=dtype is not None or self.channels_last)
+        if made not in self._weights:
+            self._weights[made] = Weights(made.program, self.model, dtype, self.channels_last)
         four = self.channels_last and images.ndim == 4
-        converted = images.to(dtype=dtype, memory_format=torch.channels_last if four else torch.preserve_format)
-        leaves = self._weights[program].values()
-        return cut(program, feature, name).forward(
-            converted, leaves, gradients=self.method.gradients, by_index=by_index, compiled=self.compile
+        layout = torch.channels_last if four else torch.preserve_format
+        return made.forward(
+            images.to(dtype=dtype or own, memory_format=layout),
+            self._weights[made].values(),
+            gradients=self.method.gradients,
+            by_index=by_index,
+            compiled=self.compile,
         )
 
     def _pass_by_hook(self, images: torch.Tensor, reason: str) -> Forward:
@@ -234,6 +239,8 @@ class Explainer:
         targets: Targets,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Raise, or mask and flag, where a map is not finite."""
+        # A range beyond the largest float would make NaN of finite maps.
+        finite = finite & (raw.flatten(finite.ndim).amax(-1) - raw.flatten(finite.ndim).amin(-1)).isfinite()
         valid = finite if finite.ndim == 1 else finite.all(dim=1)
         output = passed.output
         if isinstance(output, torch.Tensor) and output.is_floating_point() and output.shape[:1] == valid.shape:

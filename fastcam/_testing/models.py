@@ -15,10 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = [
-    *("CLASSES", "Block", "by_hand", "gap_linear", "residual", "seeded", "structured", "tokens", "torchvision_models"),
-    "vgg_like",
-]
+__all__ = ["Net", "by_hand", "gap_linear", "residual", "seeded", "structured", "tokens", "torchvision_models"]
+__all__ += ["vgg_like"]
 
 CLASSES = 5
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -69,22 +67,19 @@ def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
     return model.eval()
 
 
-class Block(nn.Module):
-    """Convolution and ReLU; `act` is "module", "inplace", "functional" or "functional_inplace"."""
+class _Block(nn.Module):
+    """Convolution and ReLU; `act` is "module", "inplace" or "functional"."""
 
     def __init__(self, inputs: int, outputs: int, act: str = "module", stride: int = 1, rank: int = 2):
         super().__init__()
         self.conv = _CONV[rank](inputs, outputs, 3, stride, 1)
-        if act in ("module", "inplace"):
-            self.relu = nn.ReLU(inplace=act == "inplace")
-        self._in_place = act == "functional_inplace"
+        self.relu = functional.relu if act == "functional" else nn.ReLU(inplace=act == "inplace")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        return self.relu(x) if hasattr(self, "relu") else functional.relu(x, inplace=self._in_place)
+        return self.relu(self.conv(x))
 
 
-class _Net(nn.Module):
+class Net(nn.Module):
     """features -> head, so that all networks here share their layers' names."""
 
     def __init__(self, features: nn.Module, *head: nn.Module):
@@ -99,13 +94,13 @@ class _Net(nn.Module):
 def gap_linear(*, act: str = "module", rank: int = 2, bias: bool = True, seed: int = 0) -> nn.Module:
     """Two conv-ReLU blocks, global average pool, one linear layer: the head is affine, CAM exists.
 
-    `act` as in `Block`: all four spellings hold the same weights, so they are twins; the ReLU in question follows
+    `act` as in `_Block`: all three spellings hold the same weights, so they are twins; the ReLU in question follows
     `features.0.conv` and `features.1.conv`. `rank` is the number of spatial dimensions (1, 2, 3).
     """
 
     def build() -> nn.Module:
-        features = nn.Sequential(Block(3, 6, act=act, rank=rank), Block(6, 6, act=act, stride=2, rank=rank))
-        return _Net(features, _POOL[rank](1), nn.Flatten(), nn.Linear(6, CLASSES, bias=bias))
+        features = nn.Sequential(_Block(3, 6, act=act, rank=rank), _Block(6, 6, act=act, stride=2, rank=rank))
+        return Net(features, _POOL[rank](1), nn.Flatten(), nn.Linear(6, CLASSES, bias=bias))
 
     return seeded(build, seed)
 
@@ -114,9 +109,9 @@ def vgg_like(*, act: str = "module", rank: int = 2, bias: bool = True, seed: int
     """Two conv-ReLU blocks, 2 x 2 average pool, FC-ReLU-FC: the head is not affine. `bias` is that of the head."""
 
     def build() -> nn.Module:
-        features = nn.Sequential(Block(3, 6, act=act, rank=rank), Block(6, 8, act=act, stride=2, rank=rank))
+        features = nn.Sequential(_Block(3, 6, act=act, rank=rank), _Block(6, 8, act=act, stride=2, rank=rank))
         first, last = nn.Linear(8 * 2**rank, 12, bias=bias), nn.Linear(12, CLASSES, bias=bias)
-        return _Net(features, _POOL[rank](2), nn.Flatten(), first, nn.ReLU(), last)
+        return Net(features, _POOL[rank](2), nn.Flatten(), first, nn.ReLU(), last)
 
     return seeded(build, seed)
 
@@ -138,7 +133,7 @@ class _Residual(nn.Module):
 def residual(*, seed: int = 0) -> nn.Module:
     """A batch-norm residual block whose single in-place ReLU module runs three times, then a 1 x 1 conv and pooling."""
     head = (nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return seeded(lambda: _Net(_Residual(), nn.Conv2d(8, 8, 1), *head, nn.Linear(8, CLASSES)), seed)
+    return seeded(lambda: Net(_Residual(), nn.Conv2d(8, 8, 1), *head, nn.Linear(8, CLASSES)), seed)
 
 
 class _Split(nn.Module):
@@ -154,7 +149,7 @@ class _Structured(nn.Module):
     def __init__(self, kind: str):
         super().__init__()
         self.kind = kind
-        self.features = Block(3, 6)
+        self.features = _Block(3, 6)
         self.split = _Split(kind)
         self.fc = nn.Linear(6, CLASSES)
 
@@ -193,7 +188,7 @@ def tokens(*, seed: int = 0) -> nn.Module:
 def by_hand(weight: list[list[float]], bias: list[float] | None = None) -> nn.Module:
     """Pool + linear with the given (C, K) weight on a layer `features` that passes the (B, K, h, w) images through."""
     classes, channels = len(weight), len(weight[0])
-    model = _Net(
+    model = Net(
         nn.Conv2d(channels, channels, 1, bias=False),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)),
     )

@@ -48,9 +48,10 @@ def finish(features: torch.Tensor, evidence: Evidence, relu: bool, normalize: bo
         lead = evidence.projection.shape[: -rank or None]
         maps, raw, finite = (part.unflatten(0, lead) if len(lead) > 1 else part for part in found)
         return maps, raw, finite
-    weights = evidence.weights if evidence.weights is not None else evidence.multipliers
-    assert weights is not None
-    return _reduce(features, weights, relu, normalize, size)
+    if evidence.multipliers is not None:
+        return _reduce(features, planar(evidence.multipliers, rank), relu, normalize, size)
+    assert evidence.weights is not None
+    return _reduce(features, evidence.weights, relu, normalize, size)
 
 
 def _reduce(
@@ -59,8 +60,6 @@ def _reduce(
     rank = features.ndim - 2
     if rank == 2:
         return ops.cam_map_with_raw(features, weights, relu=relu, normalize=normalize, size=size)
-    if weights.ndim > 3:
-        weights = planar(weights, rank)
     if rank == 1:
         wide = None if size is None else (1, *size)
         maps, raw, finite = ops.cam_map_with_raw(

@@ -138,9 +138,13 @@ def _post_backward(grad: Tensor, raw: Tensor, normalize: bool, size: Sequence[in
         grad = _min_max_backward(grad, u, raw)
     if size is None:
         return grad
-    flat = grad.reshape(-1, 1, *grad.shape[2:])
-    shape = [flat.shape[0], 1, *raw.shape[2:]]
-    return torch.ops.aten.upsample_bilinear2d_backward(flat, size, shape, False).reshape(raw.shape)
+    return _stretch(raw, raw.shape[2], size[0]) @ grad @ _stretch(raw, raw.shape[3], size[1]).T
+
+
+def _stretch(like: Tensor, size_in: int, size_out: int) -> Tensor:
+    """(in, out) matrix of the resize along one axis; unlike aten's backward it is deterministic on every device."""
+    identity = torch.eye(size_in, dtype=like.dtype, device=like.device).unsqueeze(0)
+    return torch.nn.functional.interpolate(identity, size_out, mode="linear", align_corners=False)[0]
 
 
 def _min_max_backward(grad: Tensor, u: Tensor, raw: Tensor) -> Tensor:

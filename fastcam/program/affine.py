@@ -8,10 +8,13 @@ qualifies is decided from its nodes and then verified once on random numbers.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from fastcam._dtypes import accumulation_dtype
 
 from .capture import Program
 from .nodes import LEAVES, Node, Ref, op_name, refs_in
@@ -33,14 +36,15 @@ RunHead = Callable[[torch.Tensor, dict[int, Any]], torch.Tensor]
 class AffineHead:
     """Gradients of the scores of an affine head with respect to its features, without running the head on the batch.
 
-    `pooled` heads (global average pool, reshapes, one linear layer) read them off the weight: W[c] / Z. Other affine
-    heads need one backward pass on a single made-up sample for each class asked for, whatever the batch.
+    `pooled` heads (global average pool, reshapes, one linear layer) read them off the weight: W[c] / Z, in the
+    accumulation dtype. Other affine heads need one backward pass on a single made-up sample for each class asked for,
+    whatever the batch. `uniform` heads have the same gradient at all positions.
     """
 
-    def __init__(self, weight: int | None, positions: int):
+    def __init__(self, weight: int | None, positions: int, uniform: bool):
         self._weight = weight
         self._positions = positions
-        self.uniform = weight is not None
+        self.uniform = uniform
         self._verdict: bool | None = None
 
     @property
@@ -51,9 +55,9 @@ class AffineHead:
         """Whether the analysis agrees with autograd on random features; checked at the first call, then remembered."""
         if self._verdict is None:
             self._verdict = self._verify(run, leaves, features)
-            if not self._verdict:
+            if self._verdict is False:
                 log.warning("a head that looks affine is not; its gradients are taken by autograd")
-        return self._verdict
+        return self._verdict is not False
 
     def gradients(
         self, classes: torch.Tensor, run: RunHead, leaves: dict[int, Any], like: torch.Tensor
@@ -61,7 +65,8 @@ class AffineHead:
         """d score[c] / d features for `classes` (B,) or (B, T): (B[, T], K, *spatial), expanded where uniform."""
         spatial = like.shape[2:]
         if self._weight is not None:
-            return _everywhere(leaves[self._weight][classes] / self._positions, spatial)
+            rows = leaves[self._weight][classes].to(accumulation_dtype(like.dtype))
+            return _everywhere(rows / self._positions, spatial)
         unique, inverse = torch.unique(classes, return_inverse=True)
         found = torch.cat([self._rows(part, run, leaves, like) for part in unique.split(_CHUNK)])
         if self.uniform:
@@ -71,27 +76,31 @@ class AffineHead:
     def from_scores(self, slopes: torch.Tensor, leaves: dict[int, Any], like: torch.Tensor) -> torch.Tensor:
         """Gradient of a score with slopes d score / d output (B, C), on a pooled head: (B, K, *spatial), expanded."""
         assert self._weight is not None
-        return _everywhere(slopes @ leaves[self._weight] / self._positions, like.shape[2:])
+        accumulate = accumulation_dtype(like.dtype)
+        rows = slopes.to(accumulate) @ leaves[self._weight].to(accumulate)
+        return _everywhere(rows / self._positions, like.shape[2:])
 
     @staticmethod
     def _rows(classes: torch.Tensor, run: RunHead, leaves: dict[int, Any], like: torch.Tensor) -> torch.Tensor:
         probe = like.new_zeros((len(classes), *like.shape[1:]))
         return _vjp(probe, classes, run, leaves)
 
-    def _verify(self, run: RunHead, leaves: dict[int, Any], like: torch.Tensor) -> bool:
+    def _verify(self, run: RunHead, leaves: dict[int, Any], like: torch.Tensor) -> bool | None:
+        """The verdict, or None where the weights of the moment (all zero, say) cannot tell."""
         generator = torch.Generator().manual_seed(0)
         draw = torch.randn((2, *like.shape[1:]), generator=generator).to(like)
         classes = torch.zeros(2, dtype=torch.int64, device=like.device)
-        found = _vjp(draw, classes, run, leaves)
-        tolerance = 1e-4 if like.dtype in (torch.float32, torch.float64) else 3e-2
-        scale = found.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-        agrees = bool((found[0] - found[1]).abs().max() <= tolerance * scale)
-        found = found.flatten(2)
-        uniform = bool((found - found[..., :1]).abs().max() <= 1e-6 * scale)
+        found = _vjp(draw, classes, run, leaves).flatten(2)
+        scale = float(found.abs().max())
+        if scale == 0:
+            return None
+        tolerance = (1e-4 if like.dtype in (torch.float32, torch.float64) else 3e-2) * scale
+        agrees = bool((found[0] - found[1]).abs().max() <= tolerance)
+        if self.uniform:
+            agrees = agrees and bool((found - found[..., :1]).abs().max() <= tolerance)
         if self._weight is not None:
             closed = self.gradients(classes, run, leaves, draw).flatten(2)
-            return agrees and uniform and bool((closed - found).abs().max() <= tolerance * scale)
-        self.uniform = uniform
+            agrees = agrees and bool((closed - found).abs().max() <= tolerance)
         return agrees
 
 
@@ -120,10 +129,41 @@ def analyse(program: Program, feature: int, head: list[Node]) -> AffineHead | No
     if len(outputs) != 1 or not isinstance(outputs[0], Ref) or len(program.nodes[outputs[0].index].shape or ()) != 2:
         return None
     shape = program.nodes[feature].shape or ()
-    positions = 1
-    for size in shape[2:]:
-        positions *= size or 0
-    return AffineHead(_pooled_weight(program, feature, head), positions)
+    uniform = _is_uniform(program, feature, head)
+    weight = _pooled_weight(program, feature, head) if uniform else None
+    return AffineHead(weight, math.prod(size or 0 for size in shape[2:]), uniform)
+
+
+def _is_uniform(program: Program, feature: int, head: list[Node]) -> bool:
+    """Whether every path from the features averages over all positions before it tells them apart."""
+    spread = {feature}  # values that still have positions
+    for node in head:
+        reads = [ref for ref in node.refs() if ref in spread]
+        if not reads:
+            continue
+        source = program.nodes[reads[0]].shape or ()
+        if not _treats_positions_alike(program, node, source):
+            return False
+        if math.prod(size or 0 for size in (node.shape or ())[2:]) > 1:
+            spread.add(node.index)
+    return True
+
+
+def _treats_positions_alike(program: Program, node: Node, source: tuple[int | None, ...]) -> bool:
+    name = op_name(node.target)
+    result = node.shape or ()
+    if name in ("mean", "sum"):
+        dims = node.args[1] if len(node.args) > 1 else None
+        return isinstance(dims, (list, tuple)) and all(dim % len(source) >= 2 for dim in dims)
+    if name.endswith(("avg_pool1d", "avg_pool2d", "avg_pool3d")):
+        everything = "adaptive" in name or tuple(node.args[1]) == source[2:]
+        return everything and math.prod(size or 0 for size in result[2:]) == 1
+    if node.kind == "conv":
+        kernel = program.nodes[next(iter(refs_in(node.args[1])))].shape or ()
+        return math.prod(size or 0 for size in kernel[2:]) == 1 and result[2:] == source[2:]
+    if node.kind == "mul":
+        return all(not isinstance(arg, Ref) or program.nodes[arg.index].shape == source for arg in node.args)
+    return node.kind in ("norm", "add")
 
 
 def _is_affine(program: Program, node: Node, affine: set[int], images: set[int]) -> bool:

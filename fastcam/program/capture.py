@@ -44,9 +44,10 @@ class Program:
     input      index of the image batch
     outputs    flat list of the output's leaves, each a `Ref` or a plain value, to be put together with `out_spec`
     layers     dotted module path -> for each call of that module the indices of its output values
+    structured modules that return something else than one tensor, with the type's name
     constants  tensors the code created while it was traced, by name
     storage    for each value the index of the first value that may share memory with it
-    cuts       cuts made so far, by feature index (filled by `fastcam.program.cut`)
+    cuts       cuts made so far, by feature index and folding (filled by `fastcam.program.cut`)
     """
 
     nodes: tuple[Node, ...]
@@ -54,9 +55,10 @@ class Program:
     outputs: tuple[Any, ...]
     out_spec: Any
     layers: dict[str, tuple[tuple[int, ...], ...]]
+    structured: dict[str, str]
     constants: dict[str, torch.Tensor]
     storage: tuple[int, ...]
-    cuts: dict[int, Any] = field(default_factory=dict)
+    cuts: dict[tuple[int, bool], Any] = field(default_factory=dict)
 
     def result(self, values: dict[int, Any]) -> Any:
         """The model's output, in the structure the model returns it, from the computed values."""
@@ -122,19 +124,43 @@ def _capture(model: nn.Module, images: torch.Tensor) -> Program:
     # Under grad mode, else the no_grad blocks of the user's code would leave no mark in the graph.
     with evaluating(model), torch.inference_mode(False), torch.enable_grad(), _quiet():
         try:
-            exported = torch.export.export(model, (example,), dynamic_shapes=(_batch_only(example),), strict=False)
+            with _noting_structured_outputs(model) as structured:
+                exported = torch.export.export(model, (example,), dynamic_shapes=(_batch_only(example),), strict=False)
         except Exception as error:
             raise CaptureError(f"torch.export cannot trace it: {_first_line(error)}") from error
         try:
-            return _convert(exported)
+            return _convert(exported, structured)
         except NeedsDecomposition as reason:
             log.debug("capture: %s; letting torch.export functionalise the graph", reason)
         try:
-            return _convert(exported.run_decompositions({}))
+            return _convert(exported.run_decompositions({}), structured)
         except CaptureError:
             raise
         except Exception as error:
             raise CaptureError(f"torch.export cannot functionalise it: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _noting_structured_outputs(model: nn.Module) -> Iterator[dict[str, str]]:
+    """Collects, while the model is traced, which of its modules return something else than one tensor.
+
+    By PyTorch's process-wide hook, so that nothing is registered on the user's modules; modules of other models that
+    run meanwhile are ignored.
+    """
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    found: dict[str, str] = {}
+
+    def note(module: nn.Module, args: Any, result: Any) -> None:
+        if not isinstance(result, torch.Tensor):
+            found.update(dict.fromkeys(names.get(id(module), ()), type(result).__name__))
+
+    handle = torch.nn.modules.module.register_module_forward_hook(note)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def _batch_only(example: torch.Tensor) -> dict[int, Any]:
@@ -153,7 +179,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else '(no message)'}"
 
 
-def _convert(exported: Any) -> Program:
+def _convert(exported: Any, structured: dict[str, str]) -> Program:
     """Walk the exported graph once, resolving leaves and removing in-place writes."""
     graph = exported.graph
     work = Functionalizer(graph)
@@ -198,6 +224,7 @@ def _convert(exported: Any) -> Program:
         outputs=outputs,
         out_spec=exported.call_spec.out_spec,
         layers=work.layers(),
+        structured=structured,
         constants=constants,
         storage=tuple(work.storage),
     )

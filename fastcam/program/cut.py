@@ -10,6 +10,7 @@ import torch
 from .affine import AffineHead, analyse
 from .capture import Program
 from .execute import Schedule
+from .fold import fold_norms
 from .forward import Forward, detached
 from .nodes import LEAVES
 from .state import neutral_modes
@@ -18,11 +19,15 @@ from .targets import Targets, scores_of
 __all__ = ["Cut", "cut"]
 
 
-def cut(program: Program, feature: int, layer: str) -> Cut:
-    """The cut of `program` at value `feature`, made once for each program and layer."""
-    if feature not in program.cuts:
-        program.cuts[feature] = Cut(program, feature, layer)
-    return program.cuts[feature]
+def cut(program: Program, feature: int, layer: str, folded: bool = False) -> Cut:
+    """The cut of `program` at value `feature`, made once for each program and layer.
+
+    folded  fold batch norms into convolutions and, on the CPU, keep packed weights: faster, equal to rounding
+    """
+    key = (feature, folded)
+    if key not in program.cuts:
+        program.cuts[key] = Cut(fold_norms(program, feature) if folded else program, feature, layer, packed=folded)
+    return program.cuts[key]
 
 
 class Cut:
@@ -33,7 +38,7 @@ class Cut:
     affine  the head's closed form, or None
     """
 
-    def __init__(self, program: Program, feature: int, layer: str):
+    def __init__(self, program: Program, feature: int, layer: str, packed: bool = False):
         outputs = program.output_indices
         needed = program.ancestors(outputs | {feature})
         head = program.descendants(feature) & program.ancestors(outputs) - {feature}
@@ -48,8 +53,8 @@ class Cut:
             if ref not in head and ref != feature and program.nodes[ref].kind not in LEAVES and ref != program.input
         )
         survive = self._crossing | {feature} | (outputs - head)
-        self._trunk = Schedule(program, needed - head, survive, in_place=True)
-        self._head = Schedule(program, head, outputs | {feature}, in_place=True)
+        self._trunk = Schedule(program, needed - head, survive, in_place=True, packed=packed)
+        self._head = Schedule(program, head, outputs | {feature}, in_place=True, packed=packed)
         self._head_graph = Schedule(program, head, outputs | {feature}, in_place=False)
         self.affine: AffineHead | None = analyse(program, feature, head_nodes) if head else None
         # Of what enters the head beside the features, weights rearranged by the trunk can be computed again without an

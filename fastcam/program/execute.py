@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 
 from .capture import Program
+from .freshness import Freshness
 from .nodes import ACTIVATIONS, LEAVES, Node, Ref, map_refs, op_name, refs_in
+from .packed import PackedConvolution
 
 __all__ = ["Schedule", "Weights"]
 
@@ -21,41 +23,49 @@ _IN_PLACE = ACTIVATIONS | {"add", "sub", "mul", "div"}
 class Weights:
     """The leaves of a program, read from the user's model at every call.
 
-    With `dtype` or `channels_last` converted copies are kept and made anew for each tensor that has changed: its
-    storage, its version counter, or (on the CPU, where it costs a few milliseconds) a hash of its bytes, since writes
-    through `.data` leave no other trace.
+    With `dtype` or `channels_last`, or where batch norms are folded, converted copies are kept and made anew for each
+    leaf whose sources have changed (`fastcam.program.freshness`).
     """
 
     def __init__(
         self, program: Program, model: nn.Module, dtype: torch.dtype | None = None, channels_last: bool = False
     ):
         modules = dict(model.named_modules(remove_duplicate=False))
-        self._constants = {n.index: program.constants[n.target] for n in program.nodes if n.kind == "constant"}
+        needed = program.ancestors(program.output_indices)
+        self._folded = {n.index: n.target for n in program.nodes if n.kind == "folded" and n.index in needed}
+        self._needed = [n.index for n in program.nodes if n.kind in LEAVES and n.kind != "input" and n.index in needed]
+        sources = needed | {leaf for folded in self._folded.values() for leaf in folded.leaves()}
+        self._constants = {
+            n.index: program.constants[n.target] for n in program.nodes if n.kind == "constant" and n.index in sources
+        }
         self._slots: list[tuple[int, dict[str, Any], str]] = []
         for node in program.nodes:
-            if node.kind in ("parameter", "buffer"):
+            if node.kind in ("parameter", "buffer") and node.index in sources:
                 path, _, name = node.target.rpartition(".")
                 owner = modules[path]
-                self._slots.append(
-                    (node.index, owner._parameters if node.kind == "parameter" else owner._buffers, name)
-                )
+                slots = owner._parameters if node.kind == "parameter" else owner._buffers
+                self._slots.append((node.index, slots, name))
         self._dtype = dtype
         self._channels_last = channels_last
-        self._converted: dict[int, tuple[Any, torch.Tensor]] = {}
+        self._converted: dict[int, tuple[Hashable, torch.Tensor]] = {}
+        self._freshness = Freshness()
 
     def values(self) -> dict[int, torch.Tensor]:
-        """Node index -> tensor, detached, for every parameter, buffer and constant."""
+        """Node index -> tensor, detached, for every leaf the output needs."""
         live = {index: owner[name].detach() for index, owner, name in self._slots}
         live.update(self._constants)
-        if self._dtype is None and not self._channels_last:
+        if self._dtype is None and not self._channels_last and not self._folded:
             return live
-        return {index: self._convert(index, tensor) for index, tensor in live.items()}
+        keys = self._freshness.keys(live)
+        return {index: self._convert(index, live, keys) for index in self._needed}
 
-    def _convert(self, index: int, tensor: torch.Tensor) -> torch.Tensor:
-        key = _identity(tensor)
+    def _convert(self, index: int, live: dict[int, torch.Tensor], keys: dict[int, Hashable]) -> torch.Tensor:
+        folded = self._folded.get(index)
+        key = tuple(keys[source] for source in (folded.leaves() if folded is not None else [index]))
         kept = self._converted.get(index)
         if kept is not None and kept[0] == key:
             return kept[1]
+        tensor = folded.compute(live) if folded is not None else live[index]
         dtype = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
         layout = torch.preserve_format
         if self._channels_last and tensor.ndim in (4, 5):
@@ -65,17 +75,6 @@ class Weights:
         return made
 
 
-def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    content = None
-    if tensor.device.type == "cpu" and tensor.numel():
-        words = tensor
-        bytes_, start = (n * tensor.element_size() for n in (tensor.numel(), tensor.storage_offset()))
-        if tensor.is_contiguous() and bytes_ % 8 == 0 and start % 8 == 0:
-            words = tensor.flatten().view(torch.int64)  # four times as fast: as the memory can be read
-        content = int(torch.hash_tensor(words).item())
-    return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride(), content
-
-
 class Schedule:
     """Some nodes of a program in execution order, with what may be forgotten after each.
 
@@ -83,9 +82,12 @@ class Schedule:
     indices   nodes to run; leaves among them are expected to be given
     keep      values that must survive the run
     in_place  overwrite inputs nobody reads any more (only without autograd); results are the same, peak memory lower
+    packed    run convolutions on weights kept in oneDNN's own order, with the ReLU behind them (only without autograd)
     """
 
-    def __init__(self, program: Program, indices: Iterable[int], keep: frozenset[int], in_place: bool):
+    def __init__(
+        self, program: Program, indices: Iterable[int], keep: frozenset[int], in_place: bool, packed: bool = False
+    ):
         chosen = [
             program.nodes[i] for i in sorted(indices) if program.nodes[i].kind not in LEAVES and i != program.input
         ]
@@ -97,12 +99,20 @@ class Schedule:
         made = {node.index for node in chosen}
         kept_storage = {program.storage[i] for i in keep}
         self._steps: list[tuple[int, Callable[..., Any], tuple[Any, ...], dict[str, Any], tuple[int, ...], Node]] = []
+        rectified = _followed_by_relu(chosen, keep) if packed else {}
+        fused = set(rectified.values())
         for node in chosen:
-            function = node.target
-            if in_place:
+            if node.index in fused:
+                continue
+            function: Callable[..., Any] = node.target
+            if packed and op_name(node.target) == "conv2d":
+                function = PackedConvolution(relu=node.index in rectified)
+            elif in_place:
                 function = self._overwriting(program, node, made, kept_storage) or function
             dead = tuple({r for r in node.refs() if last[r] == node.index and r not in keep and r in made})
-            self._steps.append((node.index, function, node.args, node.kwargs, dead, node))
+            result = rectified.get(node.index, node.index)
+            self._steps.append((result, function, node.args, node.kwargs, dead, node))
+        self._nodes = chosen
         self._given = sorted(set(last) - made)
         self._kept = sorted(made & keep)
         self._compiled: Callable[..., Any] | None = None
@@ -133,9 +143,9 @@ class Schedule:
         """The schedule as a function of the values it is given, returning the values it keeps, for torch.compile."""
         graph = torch.fx.Graph()
         made: dict[int, Any] = {index: graph.placeholder(f"v{index}") for index in self._given}
-        for index, _, args, kwargs, _, node in self._steps:
-            mapped = map_refs(args, made.__getitem__), map_refs(kwargs, made.__getitem__)
-            made[index] = graph.call_function(node.target, *mapped)
+        for node in self._nodes:
+            mapped = map_refs(node.args, made.__getitem__), map_refs(node.kwargs, made.__getitem__)
+            made[node.index] = graph.call_function(node.target, *mapped)
         graph.output(tuple(made[index] for index in self._kept))
         return torch.fx.GraphModule(torch.nn.Module(), graph)
 
@@ -160,6 +170,21 @@ class Schedule:
             return None
         packet = getattr(torch.ops.aten, op_name(node.target) + "_", None)
         return getattr(packet, node.target._overloadname, None) if packet is not None else None
+
+
+def _followed_by_relu(nodes: list[Node], keep: frozenset[int]) -> dict[int, int]:
+    """Convolution -> ReLU, where the ReLU is all that reads it."""
+    readers: dict[int, list[Node]] = {}
+    for node in nodes:
+        for ref in node.refs():
+            readers.setdefault(ref, []).append(node)
+    found = {}
+    for node in nodes:
+        after = readers.get(node.index, [])
+        alone = op_name(node.target) == "conv2d" and node.index not in keep and len(after) == 1
+        if alone and op_name(after[0].target) == "relu":
+            found[node.index] = after[0].index
+    return found
 
 
 def _located(error: Exception, node: Node) -> Exception:

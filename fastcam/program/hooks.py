@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .forward import Forward, detached
-from .layers import layer_names
+from .layers import layer_names, several_outputs
 from .state import evaluating
 
 __all__ = ["HookCut", "hook_cut"]
@@ -48,10 +48,7 @@ class HookCut:
 
         def tap(module: nn.Module, args: Any, result: Any) -> torch.Tensor:
             if not isinstance(result, torch.Tensor):
-                raise TypeError(
-                    f"layer '{self.layer}' returns {type(result).__name__}, not one tensor; "
-                    "name a module inside it, or wrap the model so that it does"
-                )
+                raise several_outputs(self.layer, type(result).__name__)
             taps.append(result.detach())
             if gradients:
                 torch.set_grad_enabled(True)  # undone by the surrounding no_grad

@@ -10,7 +10,7 @@ from torch import nn
 from .capture import Program
 from .nodes import Node, op_name
 
-__all__ = ["LayerNotInProgram", "check_spatial", "find_layer", "layer_names", "unknown_layer"]
+__all__ = ["LayerNotInProgram", "check_spatial", "find_layer", "layer_names", "several_outputs", "unknown_layer"]
 
 
 _KEEPS_ORDER = frozenset({"getitem", "clone", "contiguous", "alias", "_to_copy"})
@@ -37,6 +37,13 @@ def layer_names(model: nn.Module, layer: str | nn.Module) -> list[str]:
     if layer not in modules:
         raise unknown_layer(layer, model)
     return [layer]
+
+
+def several_outputs(layer: str, what: str) -> TypeError:
+    return TypeError(
+        f"layer '{layer}' returns {what}, not one tensor; name a module inside it that does "
+        "(with reshape_transform= where that one gives tokens), or wrap the model"
+    )
 
 
 def unknown_layer(layer: str, model: nn.Module) -> ValueError:
@@ -75,12 +82,12 @@ def _named(program: Program, model: nn.Module, layer: str | nn.Module) -> tuple[
     needed = program.ancestors(program.output_indices)
     names = layer_names(model, layer)
     for name in names:
+        if name in program.structured:
+            raise several_outputs(name, program.structured[name])
         for outputs in reversed(program.layers.get(name, ())):
             used = [index for index in outputs if index in needed]
             if len(used) > 1:
-                raise TypeError(
-                    f"layer '{name}' has {len(used)} outputs; name one of the modules inside it that returns one tensor"
-                )
+                raise several_outputs(name, f"{len(used)} values")
             if used:
                 return used[0], name
     raise LayerNotInProgram(f"layer '{names[0]}' computes nothing the output needs")

@@ -16,7 +16,7 @@ import torch
 
 __all__ = ["ACTIVATIONS", "LEAVES", "Node", "Ref", "kind_of", "map_refs", "op_name", "refs_in"]
 
-LEAVES = frozenset({"input", "parameter", "buffer", "constant"})
+LEAVES = frozenset({"input", "parameter", "buffer", "constant", "folded"})
 
 _KINDS = {
     "conv": "conv1d conv2d conv3d convolution conv_transpose1d conv_transpose2d conv_transpose3d",
@@ -62,7 +62,8 @@ class Node:
     """One step of a captured network.
 
     `kind` groups operators ("conv", "norm", "activation", "pool", "add", ..., "other"); leaves are "input",
-    "parameter", "buffer" and "constant", whose `target` is the dotted name in the user's model. `module` is the dotted
+    "parameter", "buffer" and "constant", whose `target` is the dotted name in the user's model, and "folded", a weight
+    made from others (`fastcam.program.fold`). `module` is the dotted
     path of the module whose code made the call and `where` the line of that code, both for error messages. `shape`
     holds ints, or None where the size follows the batch; it is None for values that are not tensors.
     """

@@ -151,7 +151,7 @@ def test_a_wrong_analysis_is_caught_by_the_verification(monkeypatch, caplog):
     """A head that is not affine but was taken for one falls back to autograd, with a line in the log."""
     made_cut, leaves, images, _ = made("square")
     assert made_cut.affine is None
-    monkeypatch.setattr(made_cut, "affine", AffineHead(None, 30))
+    monkeypatch.setattr(made_cut, "affine", AffineHead(None, 30, False))
     found = made_cut.forward(images, leaves, gradients=True)
     graph = made_cut.forward(images, leaves, gradients=True, closed_form=False)
     targets = resolve_targets([0, 1, 2], found.output, 3)

@@ -12,7 +12,10 @@ from torch import nn
 from torch.nn import functional
 
 from fastcam.program.capture import CaptureError, Program, capture
+from fastcam.program.cut import cut
 from fastcam.program.execute import Schedule, Weights
+from fastcam.program.layers import find_layer
+from fastcam.program.targets import resolve_targets
 
 
 def run(program: Program, model: nn.Module, images: torch.Tensor, in_place: bool = True, **weights):
@@ -374,3 +377,36 @@ def test_peak_memory_of_a_run_is_that_of_the_module():
     with torch.no_grad():
         schedule.run(values)
     assert most <= 2
+
+
+@pytest.mark.parametrize("layer", [None, "conv", "norm", "twice"])
+def test_folding_batch_norms_changes_nothing_but_rounding(model, layer):
+    """In float64: output and gradients of the folded program, wherever it is cut."""
+    model = model.double()
+    model.conv.bias = None if layer is None else model.conv.bias
+    images = torch.randn(3, 3, 9, 7, dtype=torch.float64)
+    program = capture(model, images)
+    index, name = find_layer(program, model, layer, 2)
+    plain, folded = cut(program, index, name), cut(program, index, name, folded=True)
+    kinds = [
+        node.kind for node in folded.program.nodes if node.index in folded.program.ancestors(program.output_indices)
+    ]
+    assert ("norm" in kinds) == (layer == "conv")
+    found = folded.forward(images, Weights(folded.program, model).values(), gradients=True)
+    expected = plain.forward(images, Weights(program, model).values(), gradients=True)
+    torch.testing.assert_close(found.output, expected.output, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.features, expected.features, rtol=1e-12, atol=1e-12)
+    targets = resolve_targets([0, 1, 4], found.output, 3)
+    torch.testing.assert_close(found.gradients(targets), expected.gradients(targets), rtol=1e-12, atol=1e-12)
+
+
+def test_folded_weights_see_changed_statistics(model):
+    images = torch.randn(3, 3, 9, 7)
+    program = capture(model, images)
+    index, name = find_layer(program, model, None, 2)
+    folded = cut(program, index, name, folded=True)
+    weights = Weights(folded.program, model)
+    for change in (model.norm.running_mean, model.norm.weight.data, model.conv.bias.data):
+        change.add_(1)
+        passed = folded.forward(images, weights.values(), gradients=False)
+        torch.testing.assert_close(passed.output, model(images).detach(), rtol=1e-4, atol=1e-4)

@@ -1,0 +1,138 @@
+"""Compile every Triton kernel for real GPUs on a machine without one, and fail where a kernel spills registers.
+
+    PYTHON .ci/compile_triton.py [sm ...]        # default: 90
+
+The launchers run on CPU tensors with each launch replaced by a compilation, so signatures, specialisations and
+configurations are those of real calls. Values are the interpreter suite's business. Cost: about a second a kernel.
+"""
+
+import contextlib
+import importlib
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+
+# ptxas at times keeps a few loop invariants in local memory to fit one more block on a multiprocessor; a tile that is
+# too large for the register file spills hundreds of bytes.
+SPILL_LIMIT = 64  # bytes a thread
+ROOT = Path(__file__).resolve().parent.parent
+PTXAS = Path(nvidia.__file__).parent / "bin" / "ptxas"
+
+
+class Device:
+    """The few questions Triton's compiler asks a driver."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return self.target.arch
+
+    def get_current_stream(self, _device):
+        return 0
+
+
+class Compiling:
+    """Stands in for a kernel: `kernel[grid](...)` compiles, reports and launches nothing."""
+
+    seen: ClassVar[set[str]] = set()
+    worst: ClassVar[dict[str, int]] = {}
+    spills: ClassVar[dict[str, int]] = {}
+
+    def __init__(self, kernel, capability):
+        self.kernel, self.capability = kernel, capability
+
+    def __getitem__(self, grid):
+        def compile(*args, **kwargs):
+            self.call = {**kwargs, "dtype": args[0].dtype}
+            compiled = self.kernel.warmup(*args, grid=grid, **kwargs)
+            ptx = compiled.asm["ptx"]
+            key = f"{self.capability}{compiled.hash}"
+            if key not in self.seen:
+                self.seen.add(key)
+                self.report(ptx)
+
+        return compile
+
+    def report(self, ptx):
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as source:
+            source.write(ptx)
+            source.flush()
+            architecture = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+            command = [PTXAS, "-v", f"--gpu-name={architecture}", source.name, "-o", "/dev/null"]
+            log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        name = f"{self.kernel.__module__.rsplit('.', 1)[1]}.{self.kernel.__name__} sm_{self.capability}"
+        registers = int(re.search(r"Used (\d+) registers", log)[1])
+        self.worst[name] = max(self.worst.get(name, 0), registers)
+        spilled = max(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+        self.spills[name] = max(self.spills.get(name, 0), spilled)
+        if spilled > SPILL_LIMIT:
+            sys.exit(f"{name} spills registers in {self.call}:\n{log}")
+
+
+def cam_map_calls():
+    """Every row of the config table in every dtype, with and without each option that changes the code."""
+    shapes = ((2, 256, 7, 7), (2, 64, 28, 28))
+    for dtype, shape, last in itertools.product(DTYPES, shapes, (False, True)):
+        b, k = shape[:2]
+        f = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
+        yield f, torch.empty(b, k, dtype=acc(dtype)), None, True, True, [32, 48]
+        yield f, torch.empty(b, 5, k, dtype=acc(dtype)), f[:1], False, True, None
+        yield f, f, None, True, False, [5, 5]
+
+
+def channel_weights_calls():
+    shapes = ((2, 256, 7, 7), (2, 64, 14, 14), (2, 64, 28, 28), (1, 16, 96, 96))
+    for dtype, shape, last, mode in itertools.product(DTYPES, shapes, (False, True), MODES):
+        f = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
+        yield f, f, f[:1] if mode == "sum" else None, mode
+
+
+LAUNCHED = ("_reduce", "_collect", "_write", "_finish")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+MODES = ("mean", "sum", "xgrad", "grad_cam_pp")
+
+
+def acc(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def main():
+    capabilities = [int(a) for a in sys.argv[1:]] or [90]
+    sys.path.insert(0, str(ROOT))
+    kernels = {name: importlib.import_module(f"fastcam.kernels.{name}") for name in ("cam_map", "channel_weights")}
+    launch = importlib.import_module("fastcam.kernels._launch")
+    launch.on_device = lambda *_: contextlib.nullcontext()
+    real = {
+        (module, name): kernel
+        for module in kernels.values()
+        for name, kernel in vars(module).items()
+        if isinstance(kernel, triton.runtime.JITFunction)
+    }
+    for capability in capabilities:
+        triton.runtime.driver.set_active(Device(capability))
+        for (module, name), kernel in real.items():
+            if name in LAUNCHED:
+                setattr(module, name, Compiling(kernel, capability))
+        for name, calls in (("cam_map", cam_map_calls), ("channel_weights", channel_weights_calls)):
+            for call in calls():
+                kernels[name].launch(*call)
+    for name, registers in sorted(Compiling.worst.items()):
+        print(f"{name:40} at most {registers:3} registers, {Compiling.spills[name]:2} bytes spilled")
+    print(f"{len(Compiling.seen)} kernel variants compiled")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+# Two commands on a fresh machine with python3, g++ and make: `make demo`, `make test`. Both set up ./.venv first.
+# Variables: PYTHON (default python3), TORCH_FLAGS (extra pip options for torch, e.g. an --index-url for a CPU build),
+# FASTCAM_BUILD_EXT and FASTCAM_BUILD_CUDA (docs/environment.md; changing them rebuilds).
+
+PYTHON ?= python3
+TORCH_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := $(VENV)/.packages
+BUILT := $(VENV)/.built-ext=$(or $(FASTCAM_BUILD_EXT),auto)-cuda=$(or $(FASTCAM_BUILD_CUDA),auto)
+SOURCES := pyproject.toml setup.py kernels/__init__.py $(shell find csrc -type f)
+
+.PHONY: venv demo test lint format typecheck bench gpu-check clean
+
+venv: $(BUILT)
+
+# torch comes first and exactly: an unpinned torch resolves to another build with gigabytes of libraries. torchvision comes
+# without dependencies for the same reason.
+$(PACKAGES): constraints.txt
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt setuptools wheel ninja pybind11
+	$(BIN)/pip install -q -c constraints.txt $(TORCH_FLAGS) torch==2.13.0 numpy
+	$(BIN)/pip install -q -c constraints.txt $(TORCH_FLAGS) --no-deps torchvision==0.28.0
+	$(BIN)/pip install -q -c constraints.txt triton pillow matplotlib scikit-learn scikit-image safetensors \
+	  pytest pytest-benchmark ruff mypy
+	touch $@
+
+$(BUILT): $(PACKAGES) $(SOURCES)
+	rm -f $(VENV)/.built-*
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	@$(BIN)/python -P -m fastcam.info --brief
+	touch $@
+
+demo: venv
+	$(BIN)/fastcam demo
+
+# The Triton suite needs its own process: kernels are decorated for the interpreter or not at all.
+test: venv
+	$(BIN)/pytest -q --ignore=tests/triton
+	if [ -d tests/triton ]; then TRITON_INTERPRET=1 $(BIN)/pytest -q tests/triton; fi
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: venv
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+typecheck: venv
+	$(BIN)/mypy
+
+bench: venv
+	for suite in benchmarks/ops/bench_*.py; do $(BIN)/python -P $$suite || exit 1; done
+
+gpu-check:
+	.ci/gpu-check.sh
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info fastcam/_C.*.so fastcam/_build.json .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -1,0 +1,239 @@
+// Leaves of cam_map's reduction M[t,p] = sum_k w[t,k(,p)] (f[k,p] - r[k,p]), one image at a time.
+//
+// Two loop nests, by memory order. NCHW: rows are channels, so whole rows are scaled and added up ("across"); few
+// positions or several targets keep their sums in registers (ChannelTile, a register-blocked matrix product that reads
+// features once per block of targets), one target over many positions keeps them in an L1 buffer and streams rows
+// (ChannelStream, also for per-position multipliers). channels_last: rows are positions, so each sum is a dot product along
+// a row (PositionDots). A leaf computes targets [t0,t1) at positions [p0,p1) from channels [k0,k1) and overwrites `out`.
+#pragma once
+
+#include "cpu/leaf.h"
+
+namespace fastcam::cpu {
+
+template <typename S>
+struct ReduceArgs {
+  const S* features;
+  const S* reference;               // null without one
+  const void* weights;              // Accumulate<S> coefficients (stride between targets), or S multipliers
+  int64_t feature_row, reference_row, weight_row, weight_target;  // strides
+  int64_t channels, positions;
+  int64_t t0, t1, k0, k1, p0, p1;
+  Accumulate<S>* out;               // of target 0, position 0
+  int64_t out_target;
+};
+
+template <int N, bool REF, typename S>
+FASTCAM_INLINE Vector<Accumulate<S>, N> difference(const S* features, const S* reference) {
+  if constexpr (REF) return load<N>(features) - load<N>(reference);
+  return load<N>(features);
+}
+
+template <typename S, bool REF>
+struct ChannelTile {
+  using A = Accumulate<S>;
+
+  template <int N, int TB, int VB>
+  static FASTCAM_INLINE void add_row(Vector<A, N> (&sums)[TB][VB], const S* f, const S* r, const A* w, int64_t target) {
+    Vector<A, N> d[VB];
+#pragma GCC unroll 8
+    for (int v = 0; v < VB; ++v) d[v] = difference<N, REF>(f + v * N, r + v * N);
+#pragma GCC unroll 8
+    for (int t = 0; t < TB; ++t) {
+      const A weight = w[t * target];
+#pragma GCC unroll 8
+      for (int v = 0; v < VB; ++v) sums[t][v] += weight * d[v];
+    }
+  }
+
+  template <int N, int TB, int VB>
+  static FASTCAM_INLINE void tile(const ReduceArgs<S>& a, int64_t t, int64_t p) {
+    Vector<A, N> sums[TB][VB] = {};
+    const int64_t overrun = p + VB * N - a.positions;
+    int64_t safe = smaller(a.k1, safe_rows(a.channels, a.feature_row, overrun));
+    if constexpr (REF) safe = smaller(safe, safe_rows(a.channels, a.reference_row, overrun));
+    const S* f = a.features + p;
+    const S* r = REF ? a.reference + p : nullptr;
+    const A* w = static_cast<const A*>(a.weights) + t * a.weight_target;
+    int64_t k = a.k0;
+    for (; k < safe; ++k) {
+      add_row<N, TB, VB>(sums, f + k * a.feature_row, REF ? r + k * a.reference_row : nullptr, w + k, a.weight_target);
+    }
+    const int64_t valid = smaller(VB * N, a.positions - p);
+    for (; k < a.k1; ++k) {
+      S f_row[VB * N] = {}, r_row[VB * N] = {};
+      std::memcpy(f_row, f + k * a.feature_row, valid * sizeof(S));
+      if constexpr (REF) std::memcpy(r_row, r + k * a.reference_row, valid * sizeof(S));
+      add_row<N, TB, VB>(sums, f_row, r_row, w + k, a.weight_target);
+    }
+    for (int i = 0; i < TB; ++i) {
+      for (int v = 0; v < VB; ++v) {
+        const int64_t n = a.p1 - p - v * N;
+        if (n > 0) store_first<N>(a.out + (t + i) * a.out_target + p + v * N, sums[i][v], n);
+      }
+    }
+  }
+
+  template <int N, int TB>
+  static FASTCAM_INLINE void targets(const ReduceArgs<S>& a, int64_t t) {
+    int64_t p = a.p0;
+    for (; p + 3 * N < a.p1; p += 4 * N) tile<N, TB, 4>(a, t, p);
+    const int64_t left = a.p1 - p;
+    if (left > 2 * N) {
+      tile<N, TB, 3>(a, t, p);
+    } else if (left > N) {
+      tile<N, TB, 2>(a, t, p);
+    } else if (left > 0) {
+      tile<N, TB, 1>(a, t, p);
+    }
+  }
+
+  template <int BYTES>
+  static FASTCAM_INLINE void body(const ReduceArgs<S>& a) {
+    constexpr int N = kLanes<BYTES, S>;
+    constexpr int TB = BYTES == 64 ? 6 : 2;  // 6 x 4 sums, 4 loads and a weight fill 32 registers; 2 x 4 of 16
+    int64_t t = a.t0;
+    for (; t + TB <= a.t1; t += TB) targets<N, TB>(a, t);
+    for (; t < a.t1; ++t) targets<N, 1>(a, t);
+  }
+};
+
+constexpr int64_t kStreamBlock = 1024;  // positions whose sums and padded rows stay in L1
+
+template <typename S, bool REF, bool POSITIONAL>
+struct ChannelStream {
+  using A = Accumulate<S>;
+
+  struct Row {
+    const S* f;
+    const S* r;
+    const S* w;  // multipliers
+    A weight;    // or coefficient
+  };
+
+  // `ahead`: from a row to one that is read some 4 KiB later; the hardware loses the stream at the end of short rows.
+  template <int N>
+  static FASTCAM_INLINE void add_row(A* sums, const Row& row, int64_t length, int64_t ahead) {
+    for (int64_t p = 0; p < length; p += N) {
+      __builtin_prefetch(row.f + p + ahead);
+      const auto d = difference<N, REF>(row.f + p, row.r + p);
+      if constexpr (POSITIONAL) {
+        store<N>(sums + p, load<N>(sums + p) + load<N>(row.w + p) * d);
+      } else {
+        store<N>(sums + p, load<N>(sums + p) + row.weight * d);
+      }
+    }
+  }
+
+  static FASTCAM_INLINE Row row(const ReduceArgs<S>& a, int64_t t, int64_t k, int64_t p) {
+    Row row = {a.features + k * a.feature_row + p, REF ? a.reference + k * a.reference_row + p : nullptr, nullptr, 0};
+    if constexpr (POSITIONAL) {
+      row.w = static_cast<const S*>(a.weights) + t * a.weight_target + k * a.weight_row + p;
+    } else {
+      row.weight = static_cast<const A*>(a.weights)[t * a.weight_target + k];
+    }
+    return row;
+  }
+
+  template <int BYTES>
+  static FASTCAM_INLINE void body(const ReduceArgs<S>& a) {
+    constexpr int N = kLanes<BYTES, S>;
+    for (int64_t t = a.t0; t < a.t1; ++t) {
+      for (int64_t p = a.p0; p < a.p1; p += kStreamBlock) block<N>(a, t, p, smaller(kStreamBlock, a.p1 - p));
+    }
+  }
+
+  template <int N>
+  static FASTCAM_INLINE void block(const ReduceArgs<S>& a, int64_t t, int64_t p, int64_t length) {
+    alignas(64) A sums[kStreamBlock] = {};
+    const int64_t overrun = p + (length + N - 1) / N * N - a.positions;
+    int64_t safe = smaller(a.k1, safe_rows(a.channels, a.feature_row, overrun));
+    if constexpr (REF) safe = smaller(safe, safe_rows(a.channels, a.reference_row, overrun));
+    if constexpr (POSITIONAL) safe = smaller(safe, safe_rows(a.channels, a.weight_row, overrun));
+    const int64_t ahead = (kStreamBlock + length - 1) / length * a.feature_row;
+    int64_t k = a.k0;
+    for (; k < safe; ++k) add_row<N>(sums, row(a, t, k, p), length, ahead);
+    alignas(64) S f_row[kStreamBlock], r_row[kStreamBlock], w_row[kStreamBlock];
+    for (; k < a.k1; ++k) {
+      Row last = row(a, t, k, p);
+      last.f = padded(f_row, last.f, length, N);
+      if constexpr (REF) last.r = padded(r_row, last.r, length, N);
+      if constexpr (POSITIONAL) last.w = padded(w_row, last.w, length, N);
+      add_row<N>(sums, last, length, 0);
+    }
+    std::memcpy(a.out + t * a.out_target + p, sums, length * sizeof(A));
+  }
+
+  static FASTCAM_INLINE const S* padded(S* buffer, const S* row, int64_t length, int64_t lanes) {
+    std::memcpy(buffer, row, length * sizeof(S));
+    for (int64_t p = length; p % lanes != 0; ++p) buffer[p] = S{};
+    return buffer;
+  }
+};
+
+template <typename S, bool REF, bool POSITIONAL>
+struct PositionDots {
+  using A = Accumulate<S>;
+
+  template <int N>
+  static FASTCAM_INLINE Vector<A, N> load_weight(const ReduceArgs<S>& a, int64_t t, int64_t p, int64_t k, int64_t n) {
+    if constexpr (POSITIONAL) {
+      const S* w = static_cast<const S*>(a.weights) + t * a.weight_target + p * a.weight_row + k;
+      return n == N ? load<N>(w) : load_first<N>(w, n);
+    } else {
+      const A* w = static_cast<const A*>(a.weights) + t * a.weight_target + k;
+      return n == N ? load<N>(w) : load_first<N>(w, n);
+    }
+  }
+
+  // One step of n <= N channels for PB positions and TB targets.
+  template <int N, int TB, int PB>
+  static FASTCAM_INLINE void step(Vector<A, N> (&sums)[TB][PB], const ReduceArgs<S>& a, int64_t t, int64_t p, int64_t k,
+                                  int64_t n) {
+    Vector<A, N> w[TB];
+    if constexpr (!POSITIONAL) {
+#pragma GCC unroll 8
+      for (int j = 0; j < TB; ++j) w[j] = load_weight<N>(a, t + j, p, k, n);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < PB; ++i) {
+      const S* f = a.features + (p + i) * a.feature_row + k;
+      Vector<A, N> d = n == N ? load<N>(f) : load_first<N>(f, n);
+      if constexpr (REF) {
+        const S* r = a.reference + (p + i) * a.reference_row + k;
+        d -= n == N ? load<N>(r) : load_first<N>(r, n);
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < TB; ++j) sums[j][i] += (POSITIONAL ? load_weight<N>(a, t + j, p + i, k, n) : w[j]) * d;
+    }
+  }
+
+  template <int N, int TB, int PB>
+  static FASTCAM_INLINE void tile(const ReduceArgs<S>& a, int64_t t, int64_t p) {
+    Vector<A, N> sums[TB][PB] = {};
+    int64_t k = a.k0;
+    for (; k + N <= a.k1; k += N) step<N, TB, PB>(sums, a, t, p, k, N);
+    if (k < a.k1) step<N, TB, PB>(sums, a, t, p, k, a.k1 - k);
+    for (int j = 0; j < TB; ++j) {
+      for (int i = 0; i < PB; ++i) a.out[(t + j) * a.out_target + p + i] = horizontal_sum<N>(sums[j][i]);
+    }
+  }
+
+  template <int BYTES>
+  static FASTCAM_INLINE void body(const ReduceArgs<S>& a) {
+    constexpr int N = kLanes<BYTES, S>;
+    constexpr int TB = POSITIONAL ? 1 : BYTES == 64 ? 4 : 2;
+    int64_t p = a.p0;
+    for (; p + 4 <= a.p1; p += 4) targets<N, TB, 4>(a, p);
+    for (; p < a.p1; ++p) targets<N, TB, 1>(a, p);
+  }
+
+  template <int N, int TB, int PB>
+  static FASTCAM_INLINE void targets(const ReduceArgs<S>& a, int64_t p) {
+    int64_t t = a.t0;
+    for (; t + TB <= a.t1; t += TB) tile<N, TB, PB>(a, t, p);
+    for (; t < a.t1; ++t) tile<N, 1, PB>(a, t, p);
+  }
+};
+
+}  // namespace fastcam::cpu

@@ -1,0 +1,176 @@
+// What the CPU leaf loops share: vectors of a chosen width, loads that widen to the accumulation type, and one build of
+// every leaf per instruction set.
+//
+// A leaf is a struct with `template <int BYTES> static void body(const Args&)`, always inlined, where BYTES is the vector
+// width. run<Leaf>(args) calls it inside a function compiled for the chosen instruction set: any CPU (16 bytes), AVX2
+// (32) or AVX-512 (64). The choice is made once per process from CPUID and capped by FASTCAM_CPU_ISA. Lambdas do not
+// inherit a target attribute, so leaves use none; leaves include no ATen, so nothing compiled for a wide target is
+// merged with baseline code by the linker.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <string_view>
+#include <type_traits>
+
+#define FASTCAM_INLINE inline __attribute__((always_inline))
+
+#if defined(__x86_64__)
+#define FASTCAM_AVX2 __attribute__((target("avx2,fma")))
+#define FASTCAM_AVX512 __attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,fma,prefer-vector-width=512")))
+#endif
+
+namespace fastcam::cpu {
+
+enum class Isa { kDefault, kAvx2, kAvx512 };
+
+inline Isa widest_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bw")) {
+    return Isa::kAvx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::kAvx2;
+#endif
+  return Isa::kDefault;
+}
+
+inline Isa capped_isa() {
+  const char* cap = std::getenv("FASTCAM_CPU_ISA");
+  const std::string_view name = cap == nullptr ? "" : cap;
+  const Isa limit = name == "default" ? Isa::kDefault : name == "avx2" ? Isa::kAvx2 : Isa::kAvx512;
+  const Isa widest = widest_isa();
+  return limit < widest ? limit : widest;
+}
+
+inline Isa isa() {
+  static const Isa chosen = capped_isa();
+  return chosen;
+}
+
+template <typename Leaf, typename Args>
+void run_default(const Args& args) {
+  Leaf::template body<16>(args);
+}
+
+#if defined(__x86_64__)
+template <typename Leaf, typename Args>
+FASTCAM_AVX2 void run_avx2(const Args& args) {
+  Leaf::template body<32>(args);
+}
+
+template <typename Leaf, typename Args>
+FASTCAM_AVX512 void run_avx512(const Args& args) {
+  Leaf::template body<64>(args);
+}
+#endif
+
+template <typename Leaf, typename Args>
+void run(const Args& args) {
+#if defined(__x86_64__)
+  if (isa() == Isa::kAvx512) return run_avx512<Leaf>(args);
+  if (isa() == Isa::kAvx2) return run_avx2<Leaf>(args);
+#endif
+  run_default<Leaf>(args);
+}
+
+// Storage of the two half types, by their bits.
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <typename S>
+using Accumulate = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
+template <typename T, int N>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(N * sizeof(T))));
+  typedef T unaligned __attribute__((vector_size(N * sizeof(T)), aligned(alignof(T)), may_alias));
+};
+template <typename T, int N>
+using Vector = typename VectorOf<T, N>::type;
+
+template <int BYTES, typename S>
+constexpr int kLanes = BYTES / static_cast<int>(sizeof(Accumulate<S>));
+
+template <typename T, int N>
+FASTCAM_INLINE Vector<T, N> load_raw(const void* p) {
+  return *reinterpret_cast<const typename VectorOf<T, N>::unaligned*>(p);
+}
+
+template <int N, typename T>
+FASTCAM_INLINE Vector<T, N> splat(T value) {
+  return Vector<T, N>{} + value;
+}
+
+// N values from p in the accumulation type.
+template <int N, typename S>
+FASTCAM_INLINE Vector<Accumulate<S>, N> load(const S* p) {
+  if constexpr (std::is_same_v<S, float> || std::is_same_v<S, double>) {
+    return load_raw<S, N>(p);
+  } else {
+    const auto bits = __builtin_convertvector(load_raw<uint16_t, N>(p), Vector<uint32_t, N>);
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      return reinterpret_cast<Vector<float, N>>(bits << 16);
+    } else {
+      // Exponent and mantissa move into place and 2^112 rebiases the exponent, exactly for subnormals too; infinities
+      // and NaNs get the full exponent. Plain integer code, so that no instruction set needs its own.
+      const auto magnitude = (bits & 0x7fffu) << 13;
+      const auto rebiased = reinterpret_cast<Vector<uint32_t, N>>(reinterpret_cast<Vector<float, N>>(magnitude) * 0x1p112f);
+      const auto special = reinterpret_cast<Vector<uint32_t, N>>(magnitude >= 0x0f800000u) & 0x7f800000u;
+      return reinterpret_cast<Vector<float, N>>(rebiased | special | ((bits & 0x8000u) << 16));
+    }
+  }
+}
+
+// The first n of N values from p, zeros after them; reads nothing beyond.
+template <int N, typename S>
+FASTCAM_INLINE Vector<Accumulate<S>, N> load_first(const S* p, int64_t n) {
+  S padded[N] = {};
+  std::memcpy(padded, p, n * sizeof(S));
+  return load<N>(padded);
+}
+
+template <int N, typename T>
+FASTCAM_INLINE void store(T* p, Vector<T, N> v) {
+  *reinterpret_cast<typename VectorOf<T, N>::unaligned*>(p) = v;
+}
+
+template <int N, typename T>
+FASTCAM_INLINE void store_first(T* p, Vector<T, N> v, int64_t n) {
+  if (n >= N) return store<N>(p, v);
+  std::memcpy(p, &v, n * sizeof(T));
+}
+
+template <int N, typename V>
+FASTCAM_INLINE auto horizontal_sum(V v) {
+  if constexpr (N == 16) {
+    return horizontal_sum<8>(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                             __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+  } else if constexpr (N == 8) {
+    return horizontal_sum<4>(__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7));
+  } else if constexpr (N == 4) {
+    return horizontal_sum<2>(__builtin_shufflevector(v, v, 0, 1) + __builtin_shufflevector(v, v, 2, 3));
+  } else {
+    return v[0] + v[1];
+  }
+}
+
+// How many of `rows` rows can be read `overrun` elements beyond their end without leaving the block of rows, which is
+// valid memory up to the end of its last row. Reading a little too far saves masks where rows are no multiple of a
+// vector; the lanes read in excess are dropped.
+FASTCAM_INLINE int64_t safe_rows(int64_t rows, int64_t stride, int64_t overrun) {
+  if (overrun <= 0) return rows;
+  if (stride <= 0) return 0;
+  const int64_t unsafe = (overrun + stride - 1) / stride;
+  return unsafe < rows ? rows - unsafe : 0;
+}
+
+FASTCAM_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+}  // namespace fastcam::cpu

@@ -1,0 +1,150 @@
+// Arithmetic of the ops, one element at a time: plain functions for host and device, so that what the GPU kernels compute
+// is tested on any machine (tests/cuda_host). No framework. Never build with fast math: NaN must come through.
+#pragma once
+
+#include <cmath>
+
+#ifdef __CUDACC__
+#define FASTCAM_HD __host__ __device__ __forceinline__
+#else
+#define FASTCAM_HD inline
+#endif
+
+namespace fastcam {
+
+template <typename A>
+FASTCAM_HD bool is_finite(A x) {
+  return x - x == A(0);  // inf - inf and NaN - NaN are NaN
+}
+
+// max(x, 0) that hands NaN on, as torch.relu does.
+template <typename A>
+FASTCAM_HD A relu(A x) {
+  return x <= A(0) ? A(0) : x;
+}
+
+// ---- bilinear resizing, align_corners=False, no antialiasing: aten's upsample_bilinear2d ----
+
+template <typename A>
+FASTCAM_HD A axis_scale(int in, int out) {
+  return A(in) / A(out);
+}
+
+// Source coordinate of an output row or column.
+template <typename A>
+FASTCAM_HD A source(int output, A scale) {
+  const A x = scale * (A(output) + A(0.5)) - A(0.5);
+  return x > A(0) ? x : A(0);
+}
+
+// The two source rows (columns) that an output row (column) mixes, and the share of the second.
+template <typename A>
+struct Tap {
+  int low, high;
+  A share;
+};
+
+template <typename A>
+FASTCAM_HD Tap<A> tap(int output, A scale, int in) {
+  const A x = source(output, scale);
+  const int low = int(x) < in - 1 ? int(x) : in - 1;
+  return {low, low < in - 1 ? low + 1 : low, x - A(low)};
+}
+
+// In aten's order of operations.
+template <typename A>
+FASTCAM_HD A bilinear(A top_left, A top_right, A low_left, A low_right, A down, A right) {
+  const A top = (A(1) - right) * top_left + right * top_right;
+  const A low = (A(1) - right) * low_left + right * low_right;
+  return (A(1) - down) * top + down * low;
+}
+
+// First output row (column) whose source lies in source row (column) `cell` or beyond; `out` if there is none.
+//
+// Between neighbouring source rows and columns the resized map is affine in each coordinate, so over the outputs that fall
+// into one such cell it is extreme at the first or last of their rows and columns. The extremes of a map are thus found from
+// four values a cell: 196 instead of 50176 for 7x7 shown at 224x224.
+template <typename A>
+FASTCAM_HD int first_output(int cell, A scale, int out) {
+  int output = int((A(cell) + A(0.5)) / scale - A(0.5));  // the exact inverse, up to rounding
+  output = output < 0 ? 0 : output > out ? out : output;
+  while (output > 0 && int(source(output - 1, scale)) >= cell) --output;
+  while (output < out && int(source(output, scale)) < cell) ++output;
+  return output;
+}
+
+template <typename A>
+struct Extremes {
+  A low, high;
+};
+
+template <typename A>
+FASTCAM_HD void widen_to(Extremes<A>& x, A value) {
+  x.low = value < x.low ? value : x.low;
+  x.high = value > x.high ? value : x.high;
+}
+
+// Of both; an empty range is (infinity, -infinity) and must not widen anything.
+template <typename A>
+FASTCAM_HD void merge(Extremes<A>& x, const Extremes<A>& y) {
+  x.low = y.low < x.low ? y.low : x.low;
+  x.high = y.high > x.high ? y.high : x.high;
+}
+
+// Extremes of the resized map over the outputs y0..y1-1, x0..x1-1, all in the cell (i, j) whose corners are given.
+template <typename A>
+FASTCAM_HD void widen_to_cell(Extremes<A>& range, A top_left, A top_right, A low_left, A low_right, int i, int j,
+                              A scale_y, A scale_x, int y0, int y1, int x0, int x1) {
+  if (y1 <= y0 || x1 <= x0) return;  // downscaling skips cells
+  const A down[2] = {source(y0, scale_y) - A(i), source(y1 - 1, scale_y) - A(i)};
+  const A right[2] = {source(x0, scale_x) - A(j), source(x1 - 1, scale_x) - A(j)};
+  for (int a = 0; a < 2; ++a) {
+    for (int b = 0; b < 2; ++b) {
+      widen_to(range, bilinear(top_left, top_right, low_left, low_right, down[a], right[b]));
+    }
+  }
+}
+
+// ---- min-max scaling ----
+
+template <typename A>
+struct MinMax {
+  A low, extent;  // extent 0: a constant map, which becomes zeros
+  bool finite;    // of the map before ReLU; otherwise the result is NaN throughout
+};
+
+// A constant raw map is constant after exact resizing too; rounding makes noise of it, which scaling would blow up to
+// the full range. Hence the question to `raw`.
+template <typename A>
+FASTCAM_HD MinMax<A> min_max(Extremes<A> resized, Extremes<A> raw, bool finite) {
+  const bool flat = raw.low == raw.high || resized.low == resized.high;
+  return {resized.low, flat ? A(0) : resized.high - resized.low, finite};
+}
+
+template <typename A>
+FASTCAM_HD A scaled(A value, const MinMax<A>& x) {
+  if (!x.finite) return A(NAN);
+  if (x.extent == A(0)) return A(0);
+  // Rounding may put a value between the corners of a cell an ulp beyond them.
+  const A s = (value - x.low) / x.extent;
+  return s < A(0) ? A(0) : s > A(1) ? A(1) : s;
+}
+
+// ---- channel coefficients ----
+
+// A term of sum relu(G) / (2 + S G); 0 where the denominator is within 1e-6 of zero.
+template <typename A>
+FASTCAM_HD A grad_cam_pp_term(A shift, A g) {
+  const A denominator = A(2) + shift * g;
+  if (denominator < A(1e-6) && denominator > A(-1e-6)) return A(0) * relu(g);
+  return A(1) / denominator * relu(g);
+}
+
+// sum G A / sum A; 0 where sum A is cancellation noise.
+template <typename A>
+FASTCAM_HD A xgrad_coefficient(A main, A shift, A magnitude) {
+  const A size = shift < A(0) ? -shift : shift;
+  return size <= A(1e-6) * magnitude ? A(0) : main / shift;
+}
+
+}  // namespace fastcam

@@ -1,0 +1,114 @@
+"""Batch norms folded into the convolutions before them, for runs that convert the weights anyway."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .capture import Program
+from .nodes import Node, Ref, op_name
+
+__all__ = ["FoldedNorm", "fold_norms"]
+
+
+@dataclass(frozen=True)
+class FoldedNorm:
+    """A convolution's weight or bias with the batch norm behind it multiplied in.
+
+    With f = scale / sqrt(variance + eps):  weight W f,  bias (b - mean) f + shift. The fields are indices of leaves, or
+    None where the layer has no such parameter.
+    """
+
+    part: str
+    weight: int
+    bias: int | None
+    scale: int | None
+    shift: int | None
+    mean: int
+    variance: int
+    eps: float
+
+    def leaves(self) -> list[int]:
+        found = (self.weight, self.bias, self.scale, self.shift, self.mean, self.variance)
+        return [index for index in found if index is not None]
+
+    def compute(self, live: dict[int, torch.Tensor]) -> torch.Tensor:
+        factor = (live[self.variance] + self.eps).rsqrt()
+        if self.scale is not None:
+            factor = factor * live[self.scale]
+        if self.part == "weight":
+            weight = live[self.weight]
+            return weight * factor.reshape(-1, *(1,) * (weight.ndim - 1))
+        bias = -live[self.mean] if self.bias is None else live[self.bias] - live[self.mean]
+        return bias * factor if self.shift is None else bias * factor + live[self.shift]
+
+
+def fold_norms(program: Program, feature: int) -> Program:
+    """The same network with each evaluated batch norm that alone reads a convolution folded into it.
+
+    All indices keep their meaning; a convolution whose output is `feature` is left as it is.
+    """
+    readers: dict[int, list[int]] = {}
+    for node in program.nodes:
+        for ref in node.refs():
+            readers.setdefault(ref, []).append(node.index)
+    nodes = list(program.nodes)
+    storage = list(program.storage)
+    for norm in program.nodes:
+        source = _foldable(program, norm, readers, feature)
+        if source is None:
+            continue
+        leaves = []
+        for part in ("weight", "bias"):
+            target = _folded(part, source, norm)
+            leaves.append(Ref(len(nodes)))
+            nodes.append(dataclasses.replace(_EMPTY, index=len(nodes), name=f"{norm.name}_{part}", target=target))
+            storage.append(len(storage))
+        args = (source.args[0], *leaves, *source.args[3:])
+        nodes[norm.index] = dataclasses.replace(
+            source, index=norm.index, args=args, kwargs=_without_bias(source.kwargs)
+        )
+    return dataclasses.replace(program, nodes=tuple(nodes), storage=tuple(storage), cuts={})
+
+
+_EMPTY = Node(0, "", "folded", None, (), {}, "", "", None, None)
+
+
+def _without_bias(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in kwargs.items() if key != "bias"}
+
+
+def _foldable(program: Program, norm: Node, readers: dict[int, list[int]], feature: int) -> Node | None:
+    """The convolution that `norm` may be folded into, or None."""
+    if op_name(norm.target) != "batch_norm" or norm.kwargs or not isinstance(norm.args[0], Ref):
+        return None
+    source = program.nodes[norm.args[0].index]
+    by_name = op_name(source.target) in ("conv1d", "conv2d", "conv3d")
+    alone = readers[source.index] == [norm.index] and source.index not in program.output_indices
+    stored = all(isinstance(norm.args[i], Ref) for i in (3, 4)) and norm.args[5] is False
+    direct = all(
+        program.nodes[arg.index].kind in ("parameter", "buffer", "constant")
+        for arg in (*source.args[1:3], *norm.args[1:5])
+        if isinstance(arg, Ref)
+    )
+    return source if by_name and alone and stored and direct and source.index != feature else None
+
+
+def _folded(part: str, source: Node, norm: Node) -> FoldedNorm:
+    def index(value: Any) -> int | None:
+        return value.index if isinstance(value, Ref) else None
+
+    bias = source.args[2] if len(source.args) > 2 else source.kwargs.get("bias")
+    return FoldedNorm(
+        part=part,
+        weight=source.args[1].index,
+        bias=index(bias),
+        scale=index(norm.args[1]),
+        shift=index(norm.args[2]),
+        mean=norm.args[3].index,
+        variance=norm.args[4].index,
+        eps=norm.args[7],
+    )

@@ -1,0 +1,60 @@
+"""Convolutions on the CPU with weights kept in oneDNN's own order and the ReLU applied on the way out.
+
+Plain `conv2d` brings its weight into that order at every call. Used for runs that convert the weights anyway, without
+autograd. The operators are those torch.compile's CPU backend calls; where they are missing, or for other devices and
+dtypes, the plain convolution runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+__all__ = ["PackedConvolution"]
+
+
+class PackedConvolution:
+    """A 2-D convolution, optionally followed by ReLU, that keeps its packed weight until it is given another tensor."""
+
+    def __init__(self, relu: bool):
+        self._relu = relu
+        self._weight: torch.Tensor | None = None
+        self._packed: Any = None
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> torch.Tensor:
+        if not _supported(x, weight) or isinstance(padding, str):
+            result = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+            return result.relu_() if self._relu else result
+        pads, steps, spread = _pair(padding), _pair(stride), _pair(dilation)
+        if weight is not self._weight:
+            pack = torch.ops.mkldnn._reorder_convolution_weight
+            self._packed = pack(weight, pads, steps, spread, groups, list(x.shape))
+            self._weight = weight
+        run = torch.ops.mkldnn._convolution_pointwise
+        after = "relu" if self._relu else "none"
+        return run(x, self._packed, bias, pads, steps, spread, groups, after, [], "")
+
+
+def _supported(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    if x.device.type != "cpu" or x.ndim != 4 or x.numel() == 0 or x.dtype != weight.dtype:
+        return False
+    if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_convolution_weight"):
+        return False
+    if x.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return x.dtype == torch.float32
+
+
+def _pair(value: Any) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * 2 if len(values) == 1 else values

@@ -1,0 +1,67 @@
+"""What every Triton launcher needs around its kernels: where it may run, how images lie in memory, result types."""
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+
+__all__ = ["accumulation", "dense_images", "next_power_of_2", "on_device", "tile_offset", "triton_type"]
+
+# Triton reads TRITON_INTERPRET when it decorates a kernel, so the answer is fixed for the life of this process.
+INTERPRETED = triton.knobs.runtime.interpret
+
+_TRITON_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+next_power_of_2 = triton.next_power_of_2
+
+
+def on_device(*tensors: torch.Tensor | None) -> contextlib.AbstractContextManager:
+    """Context in which kernels launch on the tensors' device and that device's current stream.
+
+    Errors: RuntimeError for tensors on several devices, and for tensors that are not on a CUDA device unless the
+    process runs Triton's interpreter.
+    """
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    if len(devices) != 1:
+        raise RuntimeError(f"all tensors must be on one device, got {sorted(map(str, devices))}")
+    device = devices.pop()
+    if device.type == "cuda" and not INTERPRETED:
+        return torch.cuda.device(device)
+    if device.type == "cpu" and INTERPRETED:
+        return contextlib.nullcontext()
+    if INTERPRETED:
+        raise RuntimeError(f"TRITON_INTERPRET=1 runs Triton kernels on CPU tensors, got tensors on {device}")
+    raise RuntimeError(
+        f"Triton kernels run on CUDA tensors, got tensors on {device}; move them to a GPU, choose another backend, or "
+        "set TRITON_INTERPRET=1 before Python starts to interpret the kernels on the CPU"
+    )
+
+
+def accumulation(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32: the type sums are formed in and results are returned in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def triton_type(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of an accumulation type."""
+    return _TRITON_TYPES[dtype]
+
+
+def dense_images(images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """(N,K,H,W) images and their strides (image, channel, position), in elements.
+
+    NCHW and channels_last are taken as they lie; any other layout costs one copy to NCHW. Rows and columns are one
+    index, the position i * W + j. Strides are computed from the sizes: a size-1 dimension may carry any stride.
+    """
+    _, channels, height, width = images.shape
+    positions = height * width
+    if not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last):
+        return images, (channels * positions, 1, channels)
+    return images.contiguous(), (channels * positions, positions, 1)
+
+
+def tile_offset(channels: int, positions: int, tile_channels: int, tile_positions: int) -> tl.dtype:
+    """int32 where every element of a tile lies within 2^31 elements of the tile's first one, in either layout."""
+    span = max(tile_channels * positions + tile_positions, tile_positions * channels + tile_channels)
+    return tl.int32 if span < 2**31 else tl.int64

@@ -1,0 +1,74 @@
+// The CUDA kernels behind C functions, built with the emulator of fake/ by an ordinary C++ compiler.
+#include "cuda/cam_map.cuh"
+#include "cuda/channel_weights.cuh"
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+using namespace fastcam;
+using namespace fastcam::cuda;
+
+template <typename A>
+std::vector<A> poisoned(int64_t count) {
+  return std::vector<A>(size_t(std::max<int64_t>(count, 1)), A(NAN));
+}
+
+template <typename T>
+int cam_map(const void* features, const void* reference, const void* weights, void* maps, void* raw, bool* finite,
+            const int64_t* sizes, const int* flags) {
+  using A = Accumulate<T>;
+  CamMapArgs<T> x = {};
+  x.features = static_cast<const T*>(features), x.reference = static_cast<const T*>(reference), x.weights = weights;
+  x.maps = static_cast<A*>(maps), x.raw = static_cast<A*>(raw), x.finite = finite;
+  x.batch = sizes[0], x.targets = sizes[1], x.channels = sizes[2];
+  x.height = int(sizes[3]), x.width = int(sizes[4]), x.out_height = int(sizes[5]), x.out_width = int(sizes[6]);
+  x.shared_reference = flags[0], x.positional = flags[1], x.channels_last = flags[2], x.relu = flags[3];
+  x.normalize = flags[4];
+  const auto plan = plan_cam_map(x);
+  auto partials = poisoned<A>(plan.partials), stats = poisoned<A>(plan.stats);
+  return run_cam_map(plan, partials.data(), stats.data(), x, nullptr);
+}
+
+template <typename T>
+int channel_weights(const void* features, const void* reference, const void* multipliers, void* out, const int64_t* sizes,
+                    const int* flags) {
+  using A = Accumulate<T>;
+  WeightArgs<T> x = {};
+  x.features = static_cast<const T*>(features), x.reference = static_cast<const T*>(reference);
+  x.multipliers = static_cast<const T*>(multipliers), x.out = static_cast<A*>(out);
+  x.maps = sizes[0] * sizes[1], x.targets = sizes[1], x.channels = sizes[2], x.positions = sizes[3];
+  x.reference_batch = flags[0] ? 0 : x.channels * x.positions;
+  x.mode = Mode(flags[2]);
+  const auto plan = plan_channel_weights(x, flags[1]);
+  auto scratch = poisoned<A>(plan.scratch);
+  return run_channel_weights(plan, scratch.data(), nullptr);
+}
+
+}  // namespace
+
+// dtype: 0 float64, 1 float32, 2 float16, 3 bfloat16.
+#define BY_DTYPE(call, ...)                               \
+  switch (dtype) {                                        \
+    case 0: return call<double>(__VA_ARGS__);             \
+    case 1: return call<float>(__VA_ARGS__);              \
+    case 2: return call<__half>(__VA_ARGS__);             \
+    default: return call<__nv_bfloat16>(__VA_ARGS__);     \
+  }
+
+EXPORT int emulate_cam_map(int dtype, const void* features, const void* reference, const void* weights, void* maps,
+                           void* raw, bool* finite, const int64_t* sizes, const int* flags) {
+  BY_DTYPE(cam_map, features, reference, weights, maps, raw, finite, sizes, flags)
+}
+
+EXPORT int emulate_channel_weights(int dtype, const void* features, const void* reference, const void* multipliers,
+                                   void* out, const int64_t* sizes, const int* flags) {
+  BY_DTYPE(channel_weights, features, reference, multipliers, out, sizes, flags)
+}
+
+// The shared arithmetic by itself.
+EXPORT int first_output_f32(int cell, int in, int out) { return first_output(cell, axis_scale<float>(in, out), out); }
+EXPORT int source_row_f32(int output, int in, int out) { return tap(output, axis_scale<float>(in, out), in).low; }
+EXPORT double grad_cam_pp_term_f64(double shift, double g) { return grad_cam_pp_term(shift, g); }
+EXPORT double xgrad_f64(double main, double shift, double magnitude) { return xgrad_coefficient(main, shift, magnitude); }
+EXPORT double relu_f64(double x) { return relu(x); }

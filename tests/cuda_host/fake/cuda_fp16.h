@@ -1,0 +1,8 @@
+// IEEE half precision for the emulator.
+#pragma once
+
+struct __half {
+  _Float16 value;
+};
+
+inline float __half2float(__half x) { return float(x.value); }

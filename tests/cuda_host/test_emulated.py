@@ -1,0 +1,195 @@
+"""The CUDA kernels themselves, run by an emulator of threads, barriers and shuffles where there is no GPU.
+
+Oracle and tolerances: `fastcam/_testing/kernel_cases.py`. Needs only a C++ compiler (g++ 12 or newer); what it cannot
+show is speed, real concurrency and alignment faults, which tests/gpu covers.
+"""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastcam._testing.kernel_cases import check_cam_map, check_channel_weights, features_like
+
+HERE = Path(__file__).resolve().parent
+DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+MODES = ("mean", "sum", "xgrad", "grad_cam_pp")
+ALL = tuple(DTYPES)
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    library = tmp_path_factory.mktemp("emulated") / "kernels.so"
+    subprocess.run(
+        ["g++", "-std=c++20", "-O1", "-shared", "-fPIC", "-Wall", "-Werror", "-Wno-unknown-pragmas",
+         "-Wno-unused-variable", f"-I{HERE / 'fake'}", f"-I{HERE.parents[1] / 'csrc'}", str(HERE / "emulate.cpp"),
+         "-o", str(library)],
+        check=True,
+    )  # fmt: skip
+    return ctypes.CDLL(str(library))
+
+
+def pointer(x):
+    return None if x is None else ctypes.c_void_p(x.data_ptr())
+
+
+def ints(kind, *values):
+    return (kind * len(values))(*values)
+
+
+def dense(x, channels_last):
+    if x is None:
+        return None
+    x = x.flatten(0, 1) if x.dim() == 5 else x
+    return x.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def cam_map(kernels, features, weights, reference=None, relu=True, normalize=True, size=None, channels_last=False):
+    b, k, h, w = features.shape
+    acc = torch.float64 if features.dtype == torch.float64 else torch.float32
+    positional = weights.dim() >= 4
+    lead = weights.shape[: -3 if positional else -1]
+    out_h, out_w = size or (h, w)
+    maps = torch.full((*lead, out_h, out_w), torch.nan, dtype=acc)
+    raw = torch.full((*lead, h, w), torch.nan, dtype=acc)
+    finite = torch.zeros(lead, dtype=torch.bool)
+    f, r = dense(features, channels_last), dense(reference, channels_last)
+    m = dense(weights, channels_last) if positional else weights.to(acc).contiguous()
+    shared = reference is not None and reference.shape[0] == 1
+    status = kernels.emulate_cam_map(
+        DTYPES[features.dtype], pointer(f), pointer(r), pointer(m), pointer(maps), pointer(raw), pointer(finite),
+        ints(ctypes.c_int64, b, lead[1] if len(lead) > 1 else 1, k, h, w, out_h, out_w),
+        ints(ctypes.c_int, shared, positional, channels_last, relu, normalize),
+    )  # fmt: skip
+    assert status == 0
+    return maps, raw, finite
+
+
+def channel_weights(kernels, features, multipliers, reference=None, mode="mean", channels_last=False):
+    b, k, h, w = features.shape
+    acc = torch.float64 if features.dtype == torch.float64 else torch.float32
+    lead = multipliers.shape[:-3]
+    out = torch.full((*lead, k), torch.nan, dtype=acc)
+    f, r, m = (dense(x, channels_last) for x in (features, reference, multipliers))
+    shared = reference is not None and reference.shape[0] == 1
+    status = kernels.emulate_channel_weights(
+        DTYPES[features.dtype], pointer(f), pointer(r), pointer(m), pointer(out),
+        ints(ctypes.c_int64, b, lead[1] if len(lead) > 1 else 1, k, h * w),
+        ints(ctypes.c_int, shared, channels_last, MODES.index(mode)),
+    )  # fmt: skip
+    assert status == 0
+    return out
+
+
+# (B, K, H, W), size: merged packs, one and several shares, odd sizes, one position, maps that need three launches.
+SHAPES = [
+    ((2, 130, 7, 7), (20, 24)),
+    ((1, 512, 7, 7), None),
+    ((2, 24, 14, 14), (5, 6)),
+    ((1, 6, 17, 17), (33, 40)),
+    ((3, 5, 13, 13), (9, 31)),
+    ((2, 3, 1, 1), (3, 4)),
+    ((2, 1, 3, 40), (6, 13)),
+    ((1, 8, 28, 28), (28, 28)),
+    ((1, 4, 70, 70), (100, 36)),
+    ((1, 2, 66, 63), None),
+]
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize(("shape", "size"), SHAPES, ids=str)
+def test_cam_map(kernels, shape, size, channels_last, dtype):
+    b, k, *_ = shape
+    features = features_like(shape, dtype, 1)
+    coefficients = features_like((b, k), torch.float32, 2)
+    arguments = (features, coefficients, None, True, True, size)
+    check_cam_map(cam_map(kernels, *arguments, channels_last=channels_last), *arguments)
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("weights", ["BTK", "BKHW", "BTKHW"])
+@pytest.mark.parametrize("reference", [None, 1, 2])
+@pytest.mark.parametrize("hw", [(7, 7), (8, 6)], ids=str)
+def test_cam_map_weights_and_reference(kernels, hw, reference, weights, channels_last, dtype):
+    b, k, t = 2, 40, 9
+    shapes = {"BTK": (b, t, k), "BKHW": (b, k, *hw), "BTKHW": (b, 3, k, *hw)}
+    features = features_like((b, k, *hw), dtype, 1)
+    w = features_like(shapes[weights], torch.float32 if weights == "BTK" else dtype, 2)
+    r = None if reference is None else features_like((reference, k, *hw), dtype, 3)
+    arguments = (features, w, r, False, True, (16, 12))
+    check_cam_map(cam_map(kernels, *arguments, channels_last=channels_last), *arguments)
+
+
+@pytest.mark.parametrize("hw", [(7, 7), (70, 70)], ids=str)
+@pytest.mark.parametrize("size", [None, (20, 11)], ids=str)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_cam_map_flat_and_non_finite(kernels, normalize, size, hw):
+    features = features_like((6, 4, *hw), torch.float32)
+    features[0] = 0.3  # constant, but not its rounded interpolation
+    features[1] = 0.0
+    features[2, 1, 3, 3] = torch.nan
+    features[3, 2, 0, 1] = torch.inf
+    features[4, 2, 2, 2] = -torch.inf  # ReLU hides it from raw, not from the flag
+    weights = torch.ones(6, 4)
+    maps, raw, finite = cam_map(kernels, features, weights, None, True, normalize, size)
+    assert finite.tolist() == [True, True, False, False, False, True]
+    assert raw[2, 3, 3].isnan()
+    assert raw[4].isfinite().all()
+    if normalize:
+        assert maps[:2].count_nonzero() == 0
+        assert maps[2:5].isnan().all()
+        check_cam_map((maps[5:], raw[5:], finite[5:]), features[5:], weights[5:], None, True, True, size)
+
+
+def test_cam_map_is_bit_equal_in_any_batch(kernels):
+    features, weights = features_like((3, 300, 7, 7), torch.float32), features_like((3, 300), torch.float32, 2)
+    together = cam_map(kernels, features, weights, size=(20, 20))
+    alone = cam_map(kernels, features[1:2], weights[1:2], size=(20, 20))
+    for a, b in zip(together, alone, strict=True):
+        assert torch.equal(a[1:2], b)
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize(
+    "shape", [(2, 90, 7, 7), (2, 9, 14, 14), (1, 4, 17, 20), (2, 67, 1, 1), (1, 3, 65, 70)], ids=str
+)
+@pytest.mark.parametrize("mode", MODES)
+def test_channel_weights(kernels, mode, shape, channels_last, dtype):
+    b, k, h, w = shape
+    # Positive features keep the denominators of Grad-CAM++ and XGrad away from their poles.
+    features = features_like(shape, dtype, 1).abs()
+    targets = 2 if k < 10 else 1
+    multipliers = features_like((b, targets, k, h, w), dtype, 2)
+    reference = features_like((1, k, h, w), dtype, 3) / 8 if mode == "sum" else None
+    arguments = (features, multipliers, reference, mode)
+    check_channel_weights(channel_weights(kernels, *arguments, channels_last=channels_last), *arguments)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
+@pytest.mark.parametrize("mode", ["xgrad", "grad_cam_pp"])
+def test_channel_weights_guards(kernels, mode, channels_last):
+    features, multipliers = torch.ones(1, 3, 4, 4), torch.ones(1, 3, 4, 4)
+    features[0, 0, :2] = -1  # S = 0
+    features[0, 1] = -0.125  # S = -2, denominator 0
+    features[0, 2, :2] = -1
+    features[0, 2, 0, 0] += 2**-17  # S = 2^-17, cancellation noise beside a magnitude of 16
+    got = channel_weights(kernels, features, multipliers, None, mode, channels_last)
+    assert got[0, 0] == (0 if mode == "xgrad" else 8)
+    assert got[0, 1] == (1 if mode == "xgrad" else 0)
+    assert got[0, 2] == 0 or mode != "xgrad"
+    check_channel_weights(got, features, multipliers, None, mode)
+
+
+@pytest.mark.parametrize(("inner", "outer"), [(7, 224), (7, 20), (14, 5), (31, 31), (224, 7), (1, 9), (9, 1), (97, 61)])
+def test_first_output_inverts_the_source_row(kernels, inner, outer):
+    rows = [kernels.source_row_f32(output, inner, outer) for output in range(outer)]
+    for cell in range(inner + 1):
+        assert kernels.first_output_f32(cell, inner, outer) == sum(row < cell for row in rows)

@@ -1,0 +1,216 @@
+"""The CUDA and Triton implementations on a real GPU: values, layouts, streams, graphs, devices, determinism.
+
+Oracle and tolerances: `fastcam/_testing/kernel_cases.py`. `-k small` is the part to run under compute-sanitizer.
+"""
+
+import pytest
+import torch
+
+import fastcam
+from fastcam._testing.kernel_cases import LAYOUTS, check_cam_map, check_channel_weights, features_like
+
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+MODES = ("mean", "sum", "xgrad", "grad_cam_pp")
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def implementation(request):
+    """Forces one of them; a machine without it skips, and says why."""
+    reason = fastcam.backends()["available"][request.param]
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    with fastcam.backend(request.param):
+        yield request.param
+
+
+def values(shape, dtype=torch.float32, seed=0, layout="contiguous", device="cuda"):
+    return LAYOUTS[layout](features_like(shape, dtype, seed, device))
+
+
+def cam_map(features, weights, reference=None, relu=True, normalize=True, size=None):
+    return fastcam.ops.cam_map_with_raw(features, weights, reference, relu, normalize, size)
+
+
+def channel_weights(features, multipliers, reference=None, mode="mean"):
+    return fastcam.ops.channel_weights(features, multipliers, reference, mode)
+
+
+SHAPES = [
+    (1, 1, 1, 1), (3, 3, 13, 17), (1, 512, 7, 7), (8, 2048, 7, 7), (2, 100, 14, 14), (2, 31, 17, 17), (1, 2049, 2, 3),
+    (2, 64, 28, 28), (1, 16, 65, 63), (1, 3, 130, 110), (3, 20, 31, 31),
+]  # fmt: skip
+
+
+NATIVE = ("contiguous", "channels_last")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", NATIVE)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("size", [None, (224, 224), (5, 9)], ids=str)
+def test_cam_map(implementation, shape, size, layout, dtype):
+    arguments = (values(shape, dtype, 1, layout), values(shape[:2], seed=2), None, True, True, size)
+    check_cam_map(cam_map(*arguments), *arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 65, 7, 7), (2, 100, 14, 14)], ids=str)
+def test_small_cam_map_layouts_and_dtypes(implementation, shape, layout, dtype):
+    weights = values(shape[:2], torch.float64 if dtype == torch.float64 else torch.float32, 2)
+    arguments = (values(shape, dtype, 1, layout), weights, None, True, True, (20, 24))
+    check_cam_map(cam_map(*arguments), *arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", NATIVE)
+@pytest.mark.parametrize("weights", ["BK", "BTK", "BKHW", "BTKHW"])
+@pytest.mark.parametrize("reference", [None, 1])
+@pytest.mark.parametrize("hw", [(7, 7), (12, 8), (66, 66)], ids=str)
+def test_small_cam_map_weights(implementation, hw, reference, weights, layout, dtype):
+    b, k = 2, 72
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    shape = {"BK": (b, k), "BTK": (b, 10, k), "BKHW": (b, k, *hw), "BTKHW": (b, 3, k, *hw)}[weights]
+    w = values(shape, acc, 2) if len(shape) < 4 else values(shape, dtype, 2, layout)
+    r = None if reference is None else values((reference, k, *hw), dtype, 3)
+    arguments = (values((b, k, *hw), dtype, 1, layout), w, r, False, True, (20, 24))
+    check_cam_map(cam_map(*arguments), *arguments)
+
+
+@pytest.mark.parametrize("hw", [(7, 7), (70, 70)], ids=str)
+@pytest.mark.parametrize("size", [None, (20, 11)], ids=str)
+def test_small_flat_and_non_finite_maps(implementation, size, hw):
+    features = values((5, 4, *hw))
+    features[0] = 0.3
+    features[1, 1, 3, 3] = torch.nan
+    features[2, 2, 0, 1] = torch.inf
+    features[3, 2, 2, 2] = -torch.inf
+    maps, raw, finite = cam_map(features, torch.ones(5, 4, device="cuda"), size=size)
+    assert finite.tolist() == [True, False, False, False, True]
+    assert maps[0].count_nonzero() == 0
+    assert maps[1:4].isnan().all()
+    assert raw[1, 3, 3].isnan()
+    assert maps[4].amin() == 0
+    assert maps[4].amax() == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_small_channel_weights_layouts_and_dtypes(implementation, mode, layout, dtype):
+    arguments = (values((2, 65, 7, 7), dtype, 1, layout).abs(), values((2, 65, 7, 7), dtype, 2, layout), None, mode)
+    check_channel_weights(channel_weights(*arguments), *arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", NATIVE)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_channel_weights(implementation, mode, shape, layout, dtype):
+    b, k, h, w = shape
+    # Positive features keep the denominators of Grad-CAM++ and XGrad away from their poles.
+    features = values(shape, dtype, 1, layout).abs()
+    multipliers = values((b, 2, k, h, w) if k < 100 else shape, dtype, 2, layout)
+    reference = values((1, k, h, w), dtype, 3) / 8 if mode == "sum" else None
+    check_channel_weights(
+        channel_weights(features, multipliers, reference, mode), features, multipliers, reference, mode
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_small_channel_weights_with_wide_multipliers(implementation, mode):
+    features, multipliers = values((2, 9, 7, 7), torch.bfloat16, 1).abs(), values((2, 9, 7, 7), seed=2)
+    check_channel_weights(channel_weights(features, multipliers, None, mode), features, multipliers, None, mode)
+
+
+def test_small_empty_batch(implementation):
+    maps, raw, finite = cam_map(values((0, 4, 7, 7)), values((0, 3, 4)), size=(9, 8))
+    assert (maps.shape, raw.shape, finite.shape) == ((0, 3, 9, 8), (0, 3, 7, 7), (0, 3))
+    assert channel_weights(values((2, 4, 7, 7)), values((2, 0, 4, 7, 7))).shape == (2, 0, 4)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_same_bits_fifty_times_and_in_any_batch(implementation, layout):
+    features, weights = values((8, 2048, 7, 7), seed=1, layout=layout), values((8, 2048), seed=2)
+    first = cam_map(features, weights, size=(224, 224))
+    coefficients = channel_weights(features, features, None, "xgrad")
+    for _ in range(50):
+        assert all(torch.equal(a, b) for a, b in zip(first, cam_map(features, weights, size=(224, 224)), strict=True))
+        assert torch.equal(coefficients, channel_weights(features, features, None, "xgrad"))
+    one = cam_map(LAYOUTS[layout](features[3:4]), weights[3:4], size=(224, 224))
+    assert all(torch.equal(a[3:4], b) for a, b in zip(first, one, strict=True))
+
+
+def both(features, weights):
+    return (*cam_map(features, weights, size=(32, 32)), channel_weights(features, features, None, "grad_cam_pp"))
+
+
+def test_graph_capture(implementation):
+    features, weights = values((4, 256, 7, 7), seed=1).abs(), values((4, 256), seed=2)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # compiles and allocates outside the graph
+        both(features, weights)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both(features, weights)
+    for seed in (3, 4):
+        features.copy_(values((4, 256, 7, 7), seed=seed).abs())
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(captured, both(features, weights), strict=True))
+
+
+def test_current_stream(implementation):
+    """The kernels must queue behind what the caller's stream still has to do."""
+    source, weights = values((4, 256, 7, 7), seed=1).abs(), values((4, 256), seed=2)
+    expected = both(source, weights)
+    features = torch.full_like(source, torch.nan)
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(100_000_000)
+        features.copy_(source)
+        got = both(features, weights)
+    stream.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_no_synchronisation(implementation):
+    features, weights = values((4, 256, 7, 7), seed=1).abs(), values((4, 256), seed=2)
+    both(features, weights)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        # on_nonfinite handling is the callers'; the ops themselves must not wait for the device.
+        both(features, weights)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_other_device_than_the_current_one(implementation):
+    features, weights = values((2, 64, 7, 7), device="cuda:1", seed=1).abs(), values((2, 64), device="cuda:1", seed=2)
+    got = both(features, weights)
+    assert all(x.device == features.device for x in got)
+    assert torch.cuda.current_device() == 0
+    for a, b in zip(got, both(features.to("cuda:0"), weights.to("cuda:0")), strict=True):
+        assert torch.equal(a.cpu(), b.cpu())
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements(implementation):
+    """12 GB: the last image starts beyond 2^31 elements and must equal itself alone."""
+    features = torch.zeros((3, 2048, 724, 724), dtype=torch.float16, device="cuda")
+    features[2].normal_()
+    weights = values((3, 2048), seed=2)
+    maps, raw, _ = cam_map(features, weights, size=(724, 724))
+    one = cam_map(features[2:], weights[2:], size=(724, 724))
+    assert torch.equal(maps[2:], one[0])
+    assert torch.equal(raw[2:], one[1])
+    assert raw[:2].count_nonzero() == 0
+    sums = channel_weights(features, features, None, "sum")
+    assert torch.equal(sums[2:], channel_weights(features[2:], features[2:], None, "sum"))
