@@ -1,7 +1,7 @@
 """Builds `fastcam._C` where torch and a compiler allow it, and records in `fastcam/_build.json` what happened.
 
-FASTCAM_BUILD_EXT and FASTCAM_BUILD_CUDA (docs/environment.md) are unset ("auto": build if possible, else go on without),
-0 (do not build) or 1 (a failure is an error).
+FASTCAM_BUILD_EXT and FASTCAM_BUILD_CUDA (docs/environment.md) are unset ("auto": build if possible, else go on
+without), 0 (do not build) or 1 (a failure is an error).
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ def switch(name: str) -> str:
 
 
 BUILD_EXT, BUILD_CUDA = switch("FASTCAM_BUILD_EXT"), switch("FASTCAM_BUILD_CUDA")
-RECORD: dict = {"built": False, "reason": "the build did not get as far as compiling", "python": platform.python_version()}
+RECORD: dict = {
+    "built": False,
+    "reason": "the build did not get as far as compiling",
+    "python": platform.python_version(),
+}
 
 
 def give_up(reason: str, *, required: bool) -> None:
@@ -38,8 +42,11 @@ def give_up(reason: str, *, required: bool) -> None:
         raise SystemExit(f"fastcam: cannot build the requested extension: {reason}")
     RECORD.update(built=False, reason=reason)
     line = "=" * 100
-    print(f"{line}\nfastcam: WITHOUT its compiled extension: {reason}\nops run on the slow PyTorch references "
-          f"(Triton on GPUs). Cure the reason, then: {INSTALL}\n{line}", file=sys.stderr)
+    print(
+        f"{line}\nfastcam: WITHOUT its compiled extension: {reason}\nops run on the slow PyTorch references "
+        f"(Triton on GPUs). Cure the reason, then: {INSTALL}\n{line}",
+        file=sys.stderr,
+    )
 
 
 def arch_list(cuda_home: str) -> str:
@@ -69,8 +76,11 @@ def extensions() -> list[Extension]:
         import torch
         from torch.utils.cpp_extension import CUDA_HOME, CppExtension, CUDAExtension
     except ImportError as error:
-        give_up(f"torch could not be imported while building ({error}); install torch first and build with "
-                "--no-build-isolation", required=required)
+        give_up(
+            f"torch could not be imported while building ({error}); install torch first and build with "
+            "--no-build-isolation",
+            required=required,
+        )
         return []
     missing = [] if torch.version.cuda else [f"torch {torch.__version__} is a CPU build"]
     missing += [] if CUDA_HOME else ["nvcc (CUDA_HOME) was not found"]
@@ -89,12 +99,18 @@ def extensions() -> list[Extension]:
             os.environ["TORCH_CUDA_ARCH_LIST"] = arch_list(CUDA_HOME)
         RECORD["arch_list"] = os.environ.get("TORCH_CUDA_ARCH_LIST", "the visible GPU's")
     RECORD.update(
-        torch=torch.__version__, cuda=torch.version.cuda, cuda_sources=cuda, flags=cxx,
-        cxx11_abi=torch.compiled_with_cxx11_abi(), compiler=os.environ.get("CXX", "c++"),
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        cuda_sources=cuda,
+        flags=cxx,
+        cxx11_abi=torch.compiled_with_cxx11_abi(),
+        compiler=os.environ.get("CXX", "c++"),
     )
     make = CUDAExtension if cuda else CppExtension
     macros = [("FASTCAM_WITH_CUDA", "1")] if cuda else []
-    return [make("fastcam._C", sources, include_dirs=[str(ROOT / "csrc")], define_macros=macros, extra_compile_args=flags)]
+    return [
+        make("fastcam._C", sources, include_dirs=[str(ROOT / "csrc")], define_macros=macros, extra_compile_args=flags)
+    ]
 
 
 class BuildPy(build_py):
@@ -120,9 +136,11 @@ class BuildExt(build_ext):
             builder.ensure_finalized()
             builder.run()
         except Exception as error:  # a missing compiler, a compile or a link error: each has its own type
-            give_up(f"compiling failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}",
-                    required="1" in (BUILD_EXT, BUILD_CUDA))
-            self.extensions = self.distribution.ext_modules = []
+            give_up(
+                f"compiling failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}",
+                required="1" in (BUILD_EXT, BUILD_CUDA),
+            )
+            self.extensions = []  # the distribution keeps its own list: the wheel was begun as a platform wheel
         else:
             RECORD.update(built=True, reason=None)
         target.mkdir(parents=True, exist_ok=True)

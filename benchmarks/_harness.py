@@ -1,9 +1,9 @@
 """How every benchmark here measures, and the JSON it leaves.
 
-Contract: outputs are compared before anything is timed, and a row that does not match has `match: false` and no speed-up.
+Contract: outputs are compared before anything is timed; a row that does not match has `match: false` and no speed-up.
 The calls of a row take turns, so that drift and neighbours on the machine hit all alike; the figure is the median, with
-the interquartile range beside it. Threads are those of torch, recorded. `pct_copy` relates a row to `copy_` moving the same
-number of bytes (read plus written) in the same turn-taking. Each suite writes
+the interquartile range beside it. Threads are those of torch, recorded. `pct_copy` relates a row to `copy_` moving the
+same number of bytes (read plus written) in the same turn-taking. Each suite writes
 `benchmarks/results/<version>/<suite>--<machine>--<device>.json`; the machine is a CPU or GPU model, never a host name.
 """
 
@@ -33,9 +33,10 @@ from fastcam import _extension
 
 ROOT = Path(__file__).resolve().parent
 METADATA_KEYS = (
-    "time commit dirty fastcam build packages system cpu cores isa threads load gpu driver copy_gbps_8mb copy_gbps_256mb"
-).split()
-ROW_KEYS = "name median_us iqr_us n match max_err".split()
+    *("time", "commit", "dirty", "fastcam", "build", "packages", "system", "cpu", "cores", "isa", "threads", "load"),
+    *("gpu", "driver", "copy_gbps_8mb", "copy_gbps_256mb"),
+)
+ROW_KEYS = ("name", "median_us", "iqr_us", "n", "match", "max_err")
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "grad-cam", "torchcam", "captum")
 
 Calls = Mapping[str, Callable[[], Any]]
@@ -110,7 +111,14 @@ def row(name: str, seconds: Sequence[float], match: bool, **more: Any) -> dict[s
     """One result: median, interquartile range and count of `seconds`, and whatever else the suite knows."""
     low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
     median = statistics.median(seconds)
-    return {"name": name, "median_us": median * 1e6, "iqr_us": (high - low) * 1e6, "n": len(seconds), "match": match, **more}
+    return {
+        "name": name,
+        "median_us": median * 1e6,
+        "iqr_us": (high - low) * 1e6,
+        "n": len(seconds),
+        "match": match,
+        **more,
+    }
 
 
 def op_row(
@@ -163,7 +171,9 @@ def metadata(device: str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if device == "cuda" else None,
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        if device == "cuda"
+        else None,
         "copy_gbps_8mb": _copy_gbps(8 << 20, device),
         "copy_gbps_256mb": _copy_gbps(256 << 20, device),
     }

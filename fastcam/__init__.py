@@ -22,7 +22,8 @@ def _adopt_checkout_kernels(pkg: str = __name__) -> None:
     if importlib.util.find_spec(full) or not (root / "__init__.py").is_file():
         return
     spec = importlib.util.spec_from_file_location(full, root / "__init__.py", submodule_search_locations=[str(root)])
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = sys.modules[full] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

@@ -34,7 +34,9 @@ class ExtensionMismatch(ImportError):
     """`fastcam._C` was compiled for another torch, CUDA or Python than the running one."""
 
     def __init__(self, built_for: dict[str, Any], running: dict[str, Any]) -> None:
-        different = ", ".join(f"{k} {built_for.get(k)} (running: {v})" for k, v in running.items() if built_for.get(k) != v)
+        different = ", ".join(
+            f"{k} {built_for.get(k)} (running: {v})" for k, v in running.items() if built_for.get(k) != v
+        )
         super().__init__(f"fastcam's C++ extension was built for {different}. Cure, in the source directory: {CURE}")
         self.built_for, self.running = built_for, running
 

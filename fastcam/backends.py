@@ -2,9 +2,9 @@
 
 `auto` takes the fastest implementation usable for the tensor's device and falls back to the PyTorch reference with one
 log line per (op, device); under `FASTCAM_STRICT=1` it raises instead. A backend forced by `fastcam.backend(...)` or
-`FASTCAM_BACKEND` runs that implementation itself or raises, listing every candidate with its reason. Choices are cached,
-so the hot path is one dictionary look-up. Compiled graphs always call `torch.ops.fastcam.*`, whose dispatcher makes
-the `auto` choice.
+`FASTCAM_BACKEND` runs that implementation itself or raises, listing every candidate with its reason. Choices are
+cached, so the hot path is one dictionary look-up. Compiled graphs always call `torch.ops.fastcam.*`, whose dispatcher
+makes the `auto` choice.
 """
 
 from __future__ import annotations
@@ -57,9 +57,8 @@ def _checked(name: str, source: str) -> str:
 
 
 _STRICT = os.environ.get("FASTCAM_STRICT", "0") not in ("", "0")
-_CHOICE: ContextVar[str] = ContextVar(
-    "fastcam_backend", default=_checked(os.environ.get("FASTCAM_BACKEND") or "auto", "FASTCAM_BACKEND")
-)
+_DEFAULT: str = _checked(os.environ.get("FASTCAM_BACKEND") or "auto", "FASTCAM_BACKEND")
+_CHOICE: ContextVar[str] = ContextVar("fastcam_backend", default=_DEFAULT)
 
 
 @contextlib.contextmanager
@@ -79,7 +78,9 @@ def register(name: str, overload: Any, reference: Callable[..., Any]) -> None:
     (a second registration on one key would silently replace the first).
     """
     _extension.why_not()
-    qualified = str(overload._schema.name) + (f".{overload._overloadname}" if overload._overloadname != "default" else "")
+    qualified = str(overload._schema.name) + (
+        f".{overload._overloadname}" if overload._overloadname != "default" else ""
+    )
     filled = torch._C._dispatch_has_kernel_for_dispatch_key
     _OPS[name] = Op(name, overload, reference, frozenset(key for key in ("CPU", "CUDA") if filled(qualified, key)))
     if "CUDA" not in _OPS[name].keys:

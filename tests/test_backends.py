@@ -1,4 +1,4 @@
-"""Which implementation ran, and what a forced, a missing and a strict choice say. Oracle: recorded calls, exact messages."""
+"""Which implementation ran, and what forced, missing and strict choices say. Oracle: recorded calls, exact messages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def no_extension(monkeypatch, fresh_table):
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     """Run code in a process of its own with these switches only."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("FASTCAM_", "TRITON_"))}
-    return subprocess.run([sys.executable, "-c", code], env={**clean, **environment}, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**clean, **environment}, capture_output=True, text=True, check=False
+    )
 
 
 @needs_cpp
@@ -102,8 +104,10 @@ def test_strict_raises_instead_of_falling_back(no_extension, monkeypatch):
 
 
 def test_unknown_name_gets_the_closest_match():
-    with pytest.raises(ValueError, match=r"unknown backend 'refrence', expected one of .* did you mean 'reference'\?"), \
-            fastcam.backend("refrence"):
+    with (
+        pytest.raises(ValueError, match=r"unknown backend 'refrence', expected one of .* did you mean 'reference'\?"),
+        fastcam.backend("refrence"),
+    ):
         pass
 
 
@@ -151,7 +155,8 @@ def test_environment_chooses_and_checks():
 def test_import_is_lean():
     code = (
         "import sys, fastcam, fastcam.ops, torch\n"
-        "heavy = [m for m in ('triton', 'matplotlib', 'PIL', 'sklearn', 'fastcam.kernels.cam_map') if m in sys.modules]\n"
+        "names = ('triton', 'matplotlib', 'PIL', 'sklearn', 'fastcam.kernels.cam_map')\n"
+        "heavy = [m for m in names if m in sys.modules]\n"
         "assert not heavy, heavy\n"
         "assert not torch.cuda.is_initialized()\n"
     )

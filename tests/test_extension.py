@@ -67,7 +67,11 @@ def test_only_one_openmp_runtime_is_loaded():
 def test_instruction_set_can_be_capped(cap):
     code = "from fastcam import _extension; c = _extension.load().build_config(); print(c['isa'], *c['isas'])"
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "FASTCAM_CPU_ISA": cap}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env={**os.environ, "FASTCAM_CPU_ISA": cap},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     chosen, *available = done.stdout.split()
     order = ["default", "avx2", "avx512"]
@@ -78,7 +82,10 @@ def test_instruction_set_can_be_capped(cap):
 def test_unknown_instruction_set_is_refused():
     done = subprocess.run(
         [sys.executable, "-c", "from fastcam import _extension; _extension.load()"],
-        env={**os.environ, "FASTCAM_CPU_ISA": "sse9"}, capture_output=True, text=True, check=False,
+        env={**os.environ, "FASTCAM_CPU_ISA": "sse9"},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode != 0
     assert "FASTCAM_CPU_ISA must be default, avx2 or avx512, got 'sse9'" in done.stderr
@@ -108,5 +115,5 @@ def test_mismatch_is_found_before_the_library_is_opened(record, monkeypatch, cha
 def test_missing_record_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(_extension, "RECORD", tmp_path / "_build.json")
     monkeypatch.setattr(_extension, "_load", _extension._load.__wrapped__)
-    with pytest.raises(_extension.ExtensionNotBuilt, match="_build.json is missing"):
+    with pytest.raises(_extension.ExtensionNotBuilt, match=r"_build\.json is missing"):
         _extension.load()

@@ -25,19 +25,41 @@ pytestmark = [
 def checkout(tmp_path_factory) -> Path:
     """A copy of the files that belong to the package, without build products."""
     target = tmp_path_factory.mktemp("checkout") / "src"
-    skip = shutil.ignore_patterns(".git", ".venv", "build", "dist", "out", "*.so", "_build.json", "*.egg-info", "__pycache__", ".*_cache")
+    skip = shutil.ignore_patterns(
+        ".git", ".venv", "build", "dist", "out", "*.so", "_build.json", "*.egg-info", "__pycache__", ".*_cache"
+    )
     shutil.copytree(ROOT, target, ignore=skip)
     return target
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [str(c) for c in command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     return done
 
 
 def build_wheel(source: Path, out: Path, **environment: str) -> Path:
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", out, ".", cwd=source, **environment)
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        out,
+        ".",
+        cwd=source,
+        **environment,
+    )
     return next(out.glob("*.whl"))
 
 
@@ -50,10 +72,12 @@ def build_record(wheel: Path) -> dict:
 def full_wheel(checkout, tmp_path_factory) -> Path:
     """With the extension; made from the sdist, so that the sdist is proven complete."""
     folder = tmp_path_factory.mktemp("sdist")
-    run(sys.executable, "-c", "import setuptools.build_meta as b; b.build_sdist(r'%s')" % folder, cwd=checkout)
+    run(sys.executable, "-c", f"import setuptools.build_meta as b; b.build_sdist({str(folder)!r})", cwd=checkout)
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")
-    return build_wheel(next(p for p in folder.iterdir() if p.is_dir()), tmp_path_factory.mktemp("wheel"), FASTCAM_BUILD_EXT="1")
+    return build_wheel(
+        next(p for p in folder.iterdir() if p.is_dir()), tmp_path_factory.mktemp("wheel"), FASTCAM_BUILD_EXT="1"
+    )
 
 
 def test_wheel_has_one_top_level_package_and_all_files(full_wheel):
@@ -61,7 +85,12 @@ def test_wheel_has_one_top_level_package_and_all_files(full_wheel):
         names = archive.namelist()
     top = {name.split("/")[0] for name in names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"fastcam"}
-    for needed in ("fastcam/py.typed", "fastcam/_build.json", "fastcam/kernels/__init__.py", "fastcam/kernels/cam_map.py"):
+    for needed in (
+        "fastcam/py.typed",
+        "fastcam/_build.json",
+        "fastcam/kernels/__init__.py",
+        "fastcam/kernels/cam_map.py",
+    ):
         assert needed in names
     assert any(name.startswith("fastcam/_C.") for name in names)
     assert build_record(full_wheel)["built"]
@@ -99,7 +128,18 @@ def test_missing_compiler_degrades_with_the_reason(checkout, tmp_path):
 
 
 def test_missing_compiler_is_an_error_when_the_extension_is_required(checkout, tmp_path):
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(tmp_path), "."]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-build-isolation",
+        "--no-deps",
+        "-w",
+        str(tmp_path),
+        ".",
+    ]
     environment = {**os.environ, "CXX": "/no/such/compiler", "FASTCAM_BUILD_EXT": "1"}
     done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0

@@ -57,7 +57,7 @@ def scaled(maps: torch.Tensor) -> torch.Tensor:
 
 
 def peer_calls(model: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> dict[str, Callable[[], Any]]:
-    """Grad-CAM at layer4 as each installed peer computes it."""
+    """Grad-CAM at layer4 as each installed peer computes it, on a model of its own: peers leave hooks on it."""
     calls: dict[str, Callable[[], Any]] = {}
     try:
         from pytorch_grad_cam import GradCAM
@@ -133,7 +133,7 @@ def measure(options: Any) -> list[dict[str, Any]]:
     calls["grad_cam, 100 targets"] = lambda: explainers["grad_cam"](images, hundred)
     calls["textbook hook + autograd"] = lambda: textbook_grad_cam(model, images, model.layer4, targets)
     match["textbook hook + autograd"] = (True, 0.0)
-    for name, call in peer_calls(model, images, targets).items():
+    for name, call in peer_calls(resnet(device), images, targets).items():
         found = call()
         found = found[0] if isinstance(found, list) else found
         found = torch.as_tensor(found).to(device).detach().float().reshape(BATCH, *found.shape[-2:])

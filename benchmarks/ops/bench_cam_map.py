@@ -63,16 +63,22 @@ def main() -> None:
     options = harness.arguments((__doc__ or "").splitlines()[0]).parse_args()
     torch.set_num_threads(options.threads)
     rows = []
-    for (regime, shape, targets, size), layout, dtype in itertools.product(ROWS, LAYOUTS, (torch.float32, torch.bfloat16)):
+    for (regime, shape, targets, size), layout, dtype in itertools.product(
+        ROWS, LAYOUTS, (torch.float32, torch.bfloat16)
+    ):
         sizes = "x".join(map(str, shape)) + (f" T={targets}" if targets else "")
         name = f"{sizes} to {'layer' if size is None else '224x224'}, {str(dtype).removeprefix('torch.')} {layout}"
         if options.only not in name or (dtype != torch.float32 and (regime != "typical" or targets)):
             continue
+        torch.compiler.reset()  # each shape is compiled on its own, below the recompilation limit
         torch.manual_seed(0)
         b, k, h, width = shape
         a = torch.rand(shape, device=options.device).to(dtype).contiguous(memory_format=LAYOUTS[layout])
         w = torch.randn((b, targets, k) if targets else (b, k), device=options.device).to(dtype)
-        baselines = {"bmm": lambda a=a, w=w, s=size: bmm(a, w, s), "compile": lambda a=a, w=w, s=size: compiled(a, w, s)}
+        baselines = {
+            "bmm": lambda a=a, w=w, s=size: bmm(a, w, s),
+            "compile": lambda a=a, w=w, s=size: compiled(a, w, s),
+        }
         if not targets:  # the product of a hundred targets with all features takes minutes
             baselines["eager"] = lambda a=a, w=w, s=size: eager(a, w, s)
         exact = reference.cam_map(a.double(), w.double(), None, True, True, size)[0]
@@ -80,10 +86,22 @@ def main() -> None:
         moved = a.nbytes + w.numel() * 4 + b * (targets or 1) * (area + h * width) * 4
         rows.append(
             harness.op_row(
-                name, lambda a=a, w=w, s=size: ops.cam_map(a, w, size=s), baselines, exact, 1e-4, moved, options,
-                op="cam_map", shape=shape, targets=targets, size=size, dtype=str(dtype), layout=layout, regime=regime,
+                name,
+                lambda a=a, w=w, s=size: ops.cam_map(a, w, size=s),
+                baselines,
+                exact,
+                1e-4,
+                moved,
+                options,
+                op="cam_map",
+                shape=shape,
+                targets=targets,
+                size=size,
+                dtype=str(dtype),
+                layout=layout,
+                regime=regime,
                 backend=fastcam.backends()["ops"]["cam_map"][options.device]["auto"],
-            )  # fmt: skip
+            )
         )
     harness.write("cam_map", options.device, rows, options.out)
 

@@ -54,6 +54,7 @@ def main() -> None:
         name = f"{'x'.join(map(str, shape))} {mode}, {layout}"
         if options.only not in name:
             continue
+        torch.compiler.reset()  # each shape is compiled on its own, below the recompilation limit
         torch.manual_seed(0)
         a, g = (torch.rand(shape, device=options.device).contiguous(memory_format=LAYOUTS[layout]) for _ in range(2))
         baselines = {
@@ -66,11 +67,21 @@ def main() -> None:
         moved = a.nbytes * (1 if mode == "mean" else 2)
         rows.append(
             harness.op_row(
-                name, lambda a=a, g=g, m=mode: ops.channel_weights(a, g, mode=m), baselines, exact,
-                1e-5 * exact.abs().max().item(), moved, options,
-                op="channel_weights", shape=shape, mode=mode, dtype="torch.float32", layout=layout, regime=regime,
+                name,
+                lambda a=a, g=g, m=mode: ops.channel_weights(a, g, mode=m),
+                baselines,
+                exact,
+                1e-5 * exact.abs().max().item(),
+                moved,
+                options,
+                op="channel_weights",
+                shape=shape,
+                mode=mode,
+                dtype="torch.float32",
+                layout=layout,
+                regime=regime,
                 backend=fastcam.backends()["ops"]["channel_weights"][options.device]["auto"],
-            )  # fmt: skip
+            )
         )
     harness.write("channel_weights", options.device, rows, options.out)
 

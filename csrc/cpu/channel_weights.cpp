@@ -23,8 +23,9 @@ struct Problem {
 template <typename S, bool REF, Mode MODE>
 void compute_images(const Problem& x, Tensor& out) {
   const int64_t work = x.positions * (x.targets + 1);
-  // At least 32768 elements a task, in whole register tiles of channels.
-  const int64_t block = std::max<int64_t>(128, (at::internal::GRAIN_SIZE / work + 127) / 128 * 128);
+  // At least 32768 elements a task; rows of positions in pieces long enough for the hardware to see a stream.
+  const int64_t least = x.channels_last ? 1024 : 128;
+  const int64_t block = std::max<int64_t>(least, (at::internal::GRAIN_SIZE / work + 127) / 128 * 128);
   const int64_t blocks = (x.channels + block - 1) / block;
   auto* result = out.mutable_data_ptr<Accumulate<S>>();
   at::parallel_for(0, x.batch * blocks, grain(work * std::min(block, x.channels)), [&](int64_t begin, int64_t end) {
@@ -92,10 +93,7 @@ Tensor channel_weights(const Tensor& features, const Tensor& multipliers, const 
   // Multipliers in the accumulation type beside half features: widen the features rather than lose the digits.
   const auto dtype = multipliers.scalar_type();
   if (mode != Mode::kMean) x.features = as_images(features.to(dtype), x.channels_last);
-  if (x.has_reference) {
-    x.reference = as_images(ref.to(dtype), x.channels_last);
-    if (ref.size(0) == 1) x.reference.batch = 0;
-  }
+  if (x.has_reference) x.reference = as_shared_images(ref.to(dtype), x.channels_last);
   switch (dtype) {
     case at::kDouble: compute<double>(x, mode, out); break;
     case at::kFloat: compute<float>(x, mode, out); break;

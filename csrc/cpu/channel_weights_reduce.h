@@ -113,63 +113,64 @@ struct ChannelSums {
   }
 };
 
+constexpr int64_t kChannelBlock = 1024;  // channels whose sums stay in L1 while rows stream past
+
 template <typename S, bool REF, Mode MODE>
 struct PositionSums {
   using A = Accumulate<S>;
 
   template <int BYTES>
   static FASTCAM_INLINE void body(const ChannelArgs<S>& a) {
-    constexpr int N = kLanes<BYTES, S>;
-    constexpr int VB = BYTES == 64 ? 8 : 4;  // vectors of channels whose sums stay in registers
-    int64_t k = a.k0;
-    for (; k + VB * N <= a.k1; k += VB * N) tile<N, VB>(a, k, N);
-    for (; k < a.k1; k += N) tile<N, 1>(a, k, smaller(N, a.k1 - k));
+    for (int64_t k = a.k0; k < a.k1; k += kChannelBlock) block<kLanes<BYTES, S>>(a, k, smaller(kChannelBlock, a.k1 - k));
   }
 
   template <int N>
   static FASTCAM_INLINE Vector<A, N> get(const S* p, int64_t n) {
-    return n == N ? load<N>(p) : load_first<N>(p, n);
+    return n >= N ? load<N>(p) : load_first<N>(p, n);
   }
 
   template <int N>
-  static FASTCAM_INLINE Vector<A, N> difference_at(const ChannelArgs<S>& a, int64_t p, int64_t k, int64_t n) {
-    const auto f = get<N>(a.features + p * a.feature_row + k, n);
-    if constexpr (REF) return f - get<N>(a.reference + p * a.reference_row + k, n);
-    return f;
+  static FASTCAM_INLINE Vector<A, N> difference_at(const S* f, const S* r, int64_t k, int64_t n) {
+    if constexpr (REF) return get<N>(f + k, n) - get<N>(r + k, n);
+    return get<N>(f + k, n);
   }
 
-  // VB vectors of channels from k on; n of N lanes are real (n < N only for a single last vector).
-  template <int N, int VB>
-  static FASTCAM_INLINE void tile(const ChannelArgs<S>& a, int64_t k, int64_t n) {
+  template <int N>
+  static FASTCAM_INLINE void add(A* sums, Vector<A, N> value) {
+    store<N>(sums, load<N>(sums) + value);
+  }
+
+  // Channels [k, k + length) of all positions and targets.
+  template <int N>
+  static FASTCAM_INLINE void block(const ChannelArgs<S>& a, int64_t k, int64_t length) {
     using V = Vector<A, N>;
     using F = Formula<MODE, V, A>;
-    V totals[VB] = {}, magnitudes[VB] = {};
+    alignas(64) A totals[kChannelBlock] = {}, magnitudes[kChannelBlock] = {}, sums[kChannelBlock];
     if constexpr (F::kNeedsTotals) {
       for (int64_t p = 0; p < a.positions; ++p) {
-#pragma GCC unroll 8
-        for (int v = 0; v < VB; ++v) {
-          const V d = difference_at<N>(a, p, k + v * N, n);
-          totals[v] += d;
-          magnitudes[v] += F::magnitude(d);
+        const S* f = a.features + p * a.feature_row + k;
+        const S* r = REF ? a.reference + p * a.reference_row + k : nullptr;
+        for (int64_t i = 0; i < length; i += N) {
+          const V d = difference_at<N>(f, r, i, length - i);
+          add<N>(totals + i, d);
+          add<N>(magnitudes + i, F::magnitude(d));
         }
       }
     }
     for (int64_t t = 0; t < a.targets; ++t) {
-      V sums[VB] = {};
+      std::memset(sums, 0, sizeof(sums));
       for (int64_t p = 0; p < a.positions; ++p) {
+        const S* f = a.features + p * a.feature_row + k;
+        const S* r = REF ? a.reference + p * a.reference_row + k : nullptr;
         const S* g = a.multipliers + t * a.multiplier_target + p * a.multiplier_row + k;
-#pragma GCC unroll 8
-        for (int v = 0; v < VB; ++v) {
+        for (int64_t i = 0; i < length; i += N) {
           V d = {};
-          if constexpr (MODE == Mode::kSum || MODE == Mode::kXGrad) d = difference_at<N>(a, p, k + v * N, n);
-          sums[v] += F::term(get<N>(g + v * N, n), d, totals[v]);
+          if constexpr (MODE == Mode::kSum || MODE == Mode::kXGrad) d = difference_at<N>(f, r, i, length - i);
+          add<N>(sums + i, F::term(get<N>(g + i, length - i), d, load<N>(totals + i)));
         }
       }
-      for (int v = 0; v < VB; ++v) {
-        for (int64_t i = 0; i < n; ++i) {
-          a.out[t * a.channels + k + v * N + i] = finished<MODE, A>(sums[v][i], totals[v][i], magnitudes[v][i], a.positions);
-        }
-      }
+      A* out = a.out + t * a.channels + k;
+      for (int64_t i = 0; i < length; ++i) out[i] = finished<MODE, A>(sums[i], totals[i], magnitudes[i], a.positions);
     }
   }
 };

@@ -57,12 +57,19 @@ inline Images as_images(const at::Tensor& x, bool channels_last) {
   return {dense, dense.stride(0), target, row};
 }
 
-// Large results are fresh mappings each time (glibc never recycles 32 MiB and more), and faulting them in by 4 KiB pages
-// can take far longer than computing them. A hint: without huge pages nothing changes.
+// A reference of batch 1 serves every image.
+inline Images as_shared_images(const at::Tensor& x, bool channels_last) {
+  Images images = as_images(x, channels_last);
+  if (x.size(0) == 1) images.batch = 0;
+  return images;
+}
+
+// Large results are mostly fresh mappings (glibc never recycles 32 MiB and more), and faulting them in by 4 KiB pages can
+// take far longer than computing them. A hint: where huge pages are off nothing changes.
 inline void advise_huge_pages(const at::Tensor& fresh) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  if (fresh.nbytes() < 16 * kHuge) return;
+  if (fresh.nbytes() < 2 * kHuge) return;
   const auto begin = reinterpret_cast<uintptr_t>(fresh.const_data_ptr());
   const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = (begin + fresh.nbytes()) / kHuge * kHuge;
   madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);

@@ -100,7 +100,8 @@ def check_cam_map(got: tuple[Tensor, Tensor, Tensor], *arguments: Any) -> None:
     if normalize:
         known = maps[finite]
         assert known.numel() == 0 or (known.amin() >= 0 and known.amax() <= 1)
-        plain = cam_map_oracle(*arguments[:4], False, *arguments[5:6])[0]
+        unscaled = [*arguments[:4], False, *arguments[5:6]]
+        plain = cam_map_oracle(*unscaled)[0]
         extent = plain.amax((-2, -1), keepdim=True) - plain.amin((-2, -1), keepdim=True)
         # A map of one output, or of one value, is constant by definition, not by its extent.
         error = torch.where(want_maps.amax((-2, -1), keepdim=True) == 0, 0.0, 4 * error / extent + 4 * eps)

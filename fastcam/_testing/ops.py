@@ -22,7 +22,9 @@ def usable_backends() -> list[str]:
     return ["reference"] if _extension.why_not() else ["reference", "cpp"]
 
 
-def make(shape: tuple[int, ...], dtype: torch.dtype, seed: int, layout: str = "contiguous", offset: float = 0.0) -> Tensor:
+def make(
+    shape: tuple[int, ...], dtype: torch.dtype, seed: int, layout: str = "contiguous", offset: float = 0.0
+) -> Tensor:
     """Normal values around `offset`, in the given memory layout."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(shape, generator=generator, dtype=torch.float64) + offset

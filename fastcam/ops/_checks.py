@@ -21,7 +21,9 @@ def check_features(op: str, features: Tensor) -> None:
             f"{op}: features must be float64, float32, float16 or bfloat16, got {features.dtype}; convert with .float()"
         )
     if 0 in features.shape[1:]:
-        raise ValueError(f"{op}: features need at least one channel, row and column, got (B,K,H,W) = {tuple(features.shape)}")
+        raise ValueError(
+            f"{op}: features need at least one channel, row and column, got (B,K,H,W) = {tuple(features.shape)}"
+        )
 
 
 def check_tensor(op: str, name: str, value: object) -> None:
@@ -36,7 +38,9 @@ def check_companion(op: str, name: str, value: Tensor, features: Tensor, *, or_a
     """A tensor on the features' device, in their dtype or (where allowed) their accumulation dtype."""
     check_tensor(op, name, value)
     if value.device != features.device:
-        raise ValueError(f"{op}: {name} is on {value.device}, features on {features.device}; both must be on one device")
+        raise ValueError(
+            f"{op}: {name} is on {value.device}, features on {features.device}; both must be on one device"
+        )
     acc = accumulation_dtype(features.dtype)
     if value.dtype != features.dtype and not (or_accumulation and value.dtype == acc):
         also = f" or {acc}" if or_accumulation and acc != features.dtype else ""
@@ -50,7 +54,8 @@ def check_reference(op: str, reference: Tensor | None, features: Tensor) -> None
     check_companion(op, "reference", reference, features, or_accumulation=False)
     if reference.shape[1:] != features.shape[1:] or reference.shape[0] not in (1, features.shape[0]):
         raise ValueError(
-            f"{op}: reference must be {tuple(features.shape)} or (1, ...) like the features, got {tuple(reference.shape)}"
+            f"{op}: reference must be {tuple(features.shape)} like the features or have batch 1, "
+            f"got {tuple(reference.shape)}"
         )
 
 

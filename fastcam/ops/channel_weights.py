@@ -19,7 +19,9 @@ __all__ = ["MODES", "channel_weights"]
 MODES = ("mean", "sum", "xgrad", "grad_cam_pp")
 
 
-def channel_weights(features: Tensor, multipliers: Tensor, reference: Tensor | None = None, mode: str = "mean") -> Tensor:
+def channel_weights(
+    features: Tensor, multipliers: Tensor, reference: Tensor | None = None, mode: str = "mean"
+) -> Tensor:
     """Channel coefficients from features A' = features - reference (or features) and multipliers G (gradients).
 
     Formula, sums over positions, S = sum A', Z = H W:

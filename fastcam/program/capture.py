@@ -47,6 +47,7 @@ class Program:
     structured modules that return something else than one tensor, with the type's name
     constants  tensors the code created while it was traced, by name
     storage    for each value the index of the first value that may share memory with it
+    found      layers looked up so far (filled by `fastcam.program.layers`)
     cuts       cuts made so far, by feature index and folding (filled by `fastcam.program.cut`)
     """
 
@@ -58,6 +59,7 @@ class Program:
     structured: dict[str, str]
     constants: dict[str, torch.Tensor]
     storage: tuple[int, ...]
+    found: dict[tuple[Any, int, bool], tuple[int, str]] = field(default_factory=dict)
     cuts: dict[tuple[int, bool], Any] = field(default_factory=dict)
 
     def result(self, values: dict[int, Any]) -> Any:

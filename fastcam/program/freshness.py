@@ -16,8 +16,8 @@ __all__ = ["Freshness"]
 
 #: Elements up to which a tensor is compared exactly.
 _SMALL = 4096
-#: Words in a row of the checksum; a prime, so that channels moved by a whole number of rows are rare.
-_ROW = 1021
+#: Every how many words the position-weighted sample takes one; a prime, so that no row or channel stride hides from it.
+_STRIDE = 61
 
 
 class Freshness:
@@ -26,7 +26,6 @@ class Freshness:
     def __init__(self) -> None:
         self._bytes: torch.Tensor | None = None
         self._epoch = 0
-        self._factors = torch.arange(1, _ROW + 1)
 
     def keys(self, tensors: Mapping[int, torch.Tensor]) -> dict[int, Hashable]:
         """One key for each tensor. All small tensors on the CPU share one counter: if one changes, all count as new."""
@@ -43,15 +42,14 @@ class Freshness:
             return where
         return (*where, self._epoch if tensor.numel() <= _SMALL else self._checksum(tensor))
 
-    def _checksum(self, tensor: torch.Tensor) -> int:
-        """sum_i (1 + i mod 1021) word_i in wrapping 64-bit integers."""
+    def _checksum(self, tensor: torch.Tensor) -> tuple[int, int]:
+        """Two sums: of all 64-bit words, which sees changed values, and of a sample weighted by position, which sees
+        values changing places."""
         flat = tensor.reshape(-1)
         size = flat.numel() * flat.element_size() // 8 * 8 // flat.element_size()
         aligned = flat.storage_offset() * flat.element_size() % 8 == 0
         words = (flat[:size] if aligned else flat[:size].clone()).view(torch.int64)
-        rows = words.numel() // _ROW
-        columns = words[: rows * _ROW].view(rows, _ROW).sum(0)
-        rest = words[rows * _ROW :]
-        columns[: len(rest)] += rest
-        tail = flat[size:].reshape(-1).clone().view(torch.uint8).sum()
-        return int((columns * self._factors).sum() + tail)
+        tail = flat[size:].clone().view(torch.uint8).sum() if size < flat.numel() else 0
+        sample = words[::_STRIDE]
+        places = torch.arange(1, len(sample) + 1)
+        return int(words.sum() + tail), int((sample * places).sum())

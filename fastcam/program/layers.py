@@ -67,6 +67,15 @@ def find_layer(
     Raises ValueError or TypeError as `layer_names` does, TypeError for a layer with several outputs or, unless
     `reshaped`, with its channels last, and LayerNotInProgram where only running the module itself can tell.
     """
+    key = (id(layer) if isinstance(layer, nn.Module) else layer, spatial_rank, reshaped)
+    if key not in program.found:
+        program.found[key] = _find(program, model, layer, spatial_rank, reshaped)
+    return program.found[key]
+
+
+def _find(
+    program: Program, model: nn.Module, layer: str | nn.Module | None, spatial_rank: int, reshaped: bool
+) -> tuple[int, str]:
     index, name = _last_spatial(program, spatial_rank) if layer is None else _named(program, model, layer)
     shape = program.nodes[index].shape or ()
     if not reshaped and len(shape) == spatial_rank + 2 and _is_channels_last(program, index):

@@ -8,7 +8,9 @@ from torch import Tensor
 from fastcam._dtypes import accumulation_dtype
 
 
-def channel_weights(features: Tensor, multipliers: Tensor, reference: Tensor | None = None, mode: str = "mean") -> Tensor:
+def channel_weights(
+    features: Tensor, multipliers: Tensor, reference: Tensor | None = None, mode: str = "mean"
+) -> Tensor:
     """(B[,T],K); arguments as checked by the public function."""
     acc = accumulation_dtype(features.dtype)
     g = multipliers.to(acc)

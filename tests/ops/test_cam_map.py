@@ -66,7 +66,9 @@ def check(features, weights, reference=None, relu=True, normalize=True, size=Non
     # 1e-6 per 64 terms of the magnitudes' RMS, the house rate for a reduction.
     rate = {torch.float64: 1e-12, torch.float32: 1e-6}[acc] * max(1, features.shape[1] / 64) ** 0.5
     error = np.abs(to_float64(raw) - expected_raw)
-    assert (error <= rate * magnitudes).all(), f"raw: {(error / magnitudes).max():.3g} of the magnitude, limit {rate:.3g}"
+    assert (error <= rate * magnitudes).all(), (
+        f"raw: {(error / magnitudes).max():.3g} of the magnitude, limit {rate:.3g}"
+    )
     if not normalize:
         assert_rms("maps", maps, expected_maps, features.shape[1], factor=8)
         return
@@ -77,7 +79,7 @@ def check(features, weights, reference=None, relu=True, normalize=True, size=Non
     span = (span.max(2) - span.min(2))[..., None, None]
     epsilon = torch.finfo(acc).eps
     peak = magnitudes.max((2, 3), keepdims=True)
-    # Source coordinates are rounded too, by epsilon times the layer's extent, and move a value by at most the span a pixel.
+    # Source coordinates are rounded too, by epsilon times the layer's extent, moving a value by at most a span a pixel.
     limit = 4 * rate * peak / np.where(span > 0, span, np.inf) + 4 * epsilon * max(features.shape[2:])
     error = np.abs(to_float64(maps) - expected_maps)
     assert (error <= limit).all(), f"maps: error {error.max():.3g}, limit {limit.min():.3g}"
@@ -275,7 +277,9 @@ def test_constant_multipliers_are_read_as_coefficients(backend):
     maps = ops.cam_map(features, leaf, normalize=False)
     (grad,) = torch.autograd.grad(maps.sum(), leaf)
     assert grad.shape == multipliers.shape  # a gradient per position
-    assert torch.allclose(grad, (ops.cam_map(features, coefficients, normalize=False) > 0)[:, :, None] * features[:, None])
+    assert torch.allclose(
+        grad, (ops.cam_map(features, coefficients, normalize=False) > 0)[:, :, None] * features[:, None]
+    )
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -332,7 +336,10 @@ def test_compiled_graph_has_values_and_gradients_of_eager():
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
     for b in (2, 3):
-        eager_in = [make((b, 5, 4, 4), torch.float32, 17).requires_grad_(), make((b, 5), torch.float32, 18).requires_grad_()]
+        eager_in = [
+            make((b, 5, 4, 4), torch.float32, 17).requires_grad_(),
+            make((b, 5), torch.float32, 18).requires_grad_(),
+        ]
         graph_in = [x.detach().clone().requires_grad_() for x in eager_in]
         eager, graph = loss(*eager_in), compiled(*graph_in)
         torch.testing.assert_close(graph, eager)

@@ -62,7 +62,9 @@ def check(features, multipliers, reference=None) -> None:
         rate = {torch.float64: 1e-12, torch.float32: 1e-6}[acc] * max(1.0, z / 64) ** 0.5
         error = np.abs(to_float64(result).reshape(expected.shape) - expected)
         worst = (error / np.maximum(sensitivity, 1e-300)).max(initial=0)
-        assert (error <= rate * sensitivity).all(), f"{mode}: error {worst:.3g} per unit of sensitivity, limit {rate:.3g}"
+        assert (error <= rate * sensitivity).all(), (
+            f"{mode}: error {worst:.3g} per unit of sensitivity, limit {rate:.3g}"
+        )
 
 
 @pytest.fixture(params=BACKENDS)
@@ -221,7 +223,9 @@ def test_more_elements_than_int32(backend):
 @pytest.mark.parametrize("targets", [(), (2,)], ids=["KHW", "TKHW"])
 def test_gradcheck(backend, targets, mode):
     shapes = [(2, 3, 3, 4), (2, *targets, 3, 3, 4), (1, 3, 3, 4)]
-    tensors = [make(s, torch.float64, 20 + i, offset=0.7 if i == 0 else 0.0).requires_grad_() for i, s in enumerate(shapes)]
+    tensors = [
+        make(s, torch.float64, 20 + i, offset=0.7 if i == 0 else 0.0).requires_grad_() for i, s in enumerate(shapes)
+    ]
     # Poles of xgrad and grad_cam_pp make finite differences coarse; a wrong formula is off by far more than 1e-3.
     assert gradcheck(lambda *x: ops.channel_weights(*x, mode), tensors, rtol=1e-3, atol=1e-4)
 
