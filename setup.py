@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -128,18 +129,20 @@ class BuildExt(build_ext):
         from torch.utils.cpp_extension import BuildExtension
 
         target = Path(self.get_ext_fullpath("fastcam._C")).parent
+        required = "1" in (BUILD_EXT, BUILD_CUDA)
+        compiler = os.environ.get("CXX") or "c++"
         builder = BuildExtension(self.distribution)
         builder.inplace, builder.editable_mode = self.inplace, getattr(self, "editable_mode", False)
         builder.parallel = self.parallel
         os.environ.setdefault("MAX_JOBS", max_jobs())
         try:
+            if not shutil.which(compiler.split()[0]):
+                raise FileNotFoundError(f"no C++ compiler: {compiler!r} is not on the path; install g++ or set CXX")
             builder.ensure_finalized()
             builder.run()
         except Exception as error:  # a missing compiler, a compile or a link error: each has its own type
-            give_up(
-                f"compiling failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}",
-                required="1" in (BUILD_EXT, BUILD_CUDA),
-            )
+            first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+            give_up(f"{first_line} (compiler output: add -v to pip install)", required=required)
             self.extensions = []  # the distribution keeps its own list: the wheel was begun as a platform wheel
         else:
             RECORD.update(built=True, reason=None)

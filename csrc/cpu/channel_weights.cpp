@@ -1,7 +1,7 @@
 // channel_weights on CPUs: partition into tasks, the leaves of channel_weights_reduce.h, registration.
 //
-// A task is (image, block of channels); each channel is reduced whole by one task, so results depend neither on the batch
-// nor on the thread count.
+// A task is (image, block of channels); each channel is reduced whole by one task and in one order, so results depend
+// neither on the batch nor on the thread count.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -23,9 +23,11 @@ struct Problem {
 template <typename S, bool REF, Mode MODE>
 void compute_images(const Problem& x, Tensor& out) {
   const int64_t work = x.positions * (x.targets + 1);
-  // At least 32768 elements a task; rows of positions in pieces long enough for the hardware to see a stream.
-  const int64_t least = x.channels_last ? 1024 : 128;
-  const int64_t block = std::max<int64_t>(least, (at::internal::GRAIN_SIZE / work + 127) / 128 * 128);
+  // Whole images are whole memory streams; channels are divided only where images are fewer than threads, into tasks of
+  // at least 32768 elements. Each channel's sum is the same wherever the cut is.
+  const int64_t pieces = std::max<int64_t>(1, (at::get_num_threads() + x.batch - 1) / x.batch);
+  const int64_t least = at::internal::GRAIN_SIZE / work;
+  const int64_t block = (std::max((x.channels + pieces - 1) / pieces, least) + 127) / 128 * 128;
   const int64_t blocks = (x.channels + block - 1) / block;
   auto* result = out.mutable_data_ptr<Accumulate<S>>();
   at::parallel_for(0, x.batch * blocks, grain(work * std::min(block, x.channels)), [&](int64_t begin, int64_t end) {

@@ -1,8 +1,8 @@
 // Leaves of channel_weights: per channel, sums over positions of f(multiplier, feature), one image at a time.
 //
 // The loop nests of cam_map_reduce.h with roles exchanged. NCHW: a channel is a row, each sum runs along it (ChannelSums).
-// channels_last: rows are positions, so vectors of channels are added up across rows (PositionSums). Both read an image's
-// features once from memory; the second pass that some modes make over them finds them in the cache.
+// channels_last: rows are positions, so whole rows are added to sums in L1 (PositionSums). Both read features and
+// multipliers once, in memory order; grad_cam_pp needs the features' totals before it looks at multipliers.
 #pragma once
 
 #include "cpu/leaf.h"
@@ -25,8 +25,9 @@ struct ChannelArgs {
 // The formulas, for vectors of positions or of channels alike.
 template <Mode MODE, typename V, typename A>
 struct Formula {
-  static constexpr bool kReadsFeatures = MODE != Mode::kMean;
+  static constexpr bool kReadsProduct = MODE == Mode::kSum || MODE == Mode::kXGrad;
   static constexpr bool kNeedsTotals = MODE == Mode::kXGrad || MODE == Mode::kGradCamPP;
+  static constexpr bool kTotalsFirst = MODE == Mode::kGradCamPP;  // its terms depend on them
 
   static FASTCAM_INLINE V term(V g, V a, V total) {
     if constexpr (MODE == Mode::kMean) return g;
@@ -81,16 +82,11 @@ struct ChannelSums {
     for (int64_t k = a.k0; k < a.k1; ++k) {
       const Row<N> f = {a.features + k * a.feature_row, k < f_safe};
       const Row<N> r = {REF ? a.reference + k * a.reference_row : nullptr, k < r_safe};
+      V totals = {}, magnitudes = {};
       A total = 0, magnitude = 0;
-      if constexpr (F::kNeedsTotals) {
-        V totals = {}, magnitudes = {};
-        for (int64_t p = 0; p < a.positions; p += N) {
-          const V d = difference_at<N>(f, r, p, a.positions - p);
-          totals += d;
-          magnitudes += F::magnitude(d);
-        }
+      if constexpr (F::kTotalsFirst) {
+        for (int64_t p = 0; p < a.positions; p += N) totals += difference_at<N>(f, r, p, a.positions - p);
         total = horizontal_sum<N>(totals);
-        magnitude = horizontal_sum<N>(magnitudes);
       }
       for (int64_t t = 0; t < a.targets; ++t) {
         const Row<N> g = {a.multipliers + t * a.multiplier_target + k * a.multiplier_row, k < g_safe};
@@ -98,8 +94,20 @@ struct ChannelSums {
         for (int64_t p = 0; p < a.positions; p += N) {
           const int64_t n = a.positions - p;
           V d = {};
-          if constexpr (MODE == Mode::kSum || MODE == Mode::kXGrad) d = difference_at<N>(f, r, p, n);
+          if constexpr (F::kReadsProduct) d = difference_at<N>(f, r, p, n);
+          if constexpr (F::kNeedsTotals && !F::kTotalsFirst) {
+            if (t == 0) {
+              totals += d;
+              magnitudes += F::magnitude(d);
+            }
+          }
           sums += F::term(g.get(p, n), d, splat<N>(total));
+        }
+        if constexpr (F::kNeedsTotals && !F::kTotalsFirst) {
+          if (t == 0) {
+            total = horizontal_sum<N>(totals);
+            magnitude = horizontal_sum<N>(magnitudes);
+          }
         }
         a.out[t * a.channels + k] = finished<MODE>(horizontal_sum<N>(sums), total, magnitude, a.positions);
       }
@@ -113,7 +121,7 @@ struct ChannelSums {
   }
 };
 
-constexpr int64_t kChannelBlock = 1024;  // channels whose sums stay in L1 while rows stream past
+constexpr int64_t kChannelBlock = 2048;  // channels whose sums stay in L1 (8 KiB an array) while rows stream past
 
 template <typename S, bool REF, Mode MODE>
 struct PositionSums {
@@ -146,15 +154,11 @@ struct PositionSums {
     using V = Vector<A, N>;
     using F = Formula<MODE, V, A>;
     alignas(64) A totals[kChannelBlock] = {}, magnitudes[kChannelBlock] = {}, sums[kChannelBlock];
-    if constexpr (F::kNeedsTotals) {
+    if constexpr (F::kTotalsFirst) {
       for (int64_t p = 0; p < a.positions; ++p) {
         const S* f = a.features + p * a.feature_row + k;
         const S* r = REF ? a.reference + p * a.reference_row + k : nullptr;
-        for (int64_t i = 0; i < length; i += N) {
-          const V d = difference_at<N>(f, r, i, length - i);
-          add<N>(totals + i, d);
-          add<N>(magnitudes + i, F::magnitude(d));
-        }
+        for (int64_t i = 0; i < length; i += N) add<N>(totals + i, difference_at<N>(f, r, i, length - i));
       }
     }
     for (int64_t t = 0; t < a.targets; ++t) {
@@ -165,7 +169,13 @@ struct PositionSums {
         const S* g = a.multipliers + t * a.multiplier_target + p * a.multiplier_row + k;
         for (int64_t i = 0; i < length; i += N) {
           V d = {};
-          if constexpr (MODE == Mode::kSum || MODE == Mode::kXGrad) d = difference_at<N>(f, r, i, length - i);
+          if constexpr (F::kReadsProduct) d = difference_at<N>(f, r, i, length - i);
+          if constexpr (F::kNeedsTotals && !F::kTotalsFirst) {
+            if (t == 0) {
+              add<N>(totals + i, d);
+              add<N>(magnitudes + i, F::magnitude(d));
+            }
+          }
           add<N>(sums + i, F::term(get<N>(g + i, length - i), d, load<N>(totals + i)));
         }
       }
