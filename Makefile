@@ -52,7 +52,7 @@ typecheck: venv
 	$(BIN)/mypy
 
 bench: venv
-	for suite in benchmarks/ops/bench_*.py; do $(BIN)/python -P $$suite || exit 1; done
+	for suite in benchmarks/*/bench_*.py; do $(BIN)/python -P $$suite || exit 1; done
 
 gpu-check:
 	.ci/gpu-check.sh

@@ -87,6 +87,7 @@ def test_wheel_has_one_top_level_package_and_all_files(full_wheel):
     assert {name for name in top if not name.endswith(".dist-info")} == {"fastcam"}
     for needed in (
         "fastcam/py.typed",
+        "fastcam/testbed/weights/tiny_resnet.safetensors",
         "fastcam/_build.json",
         "fastcam/kernels/__init__.py",
         "fastcam/kernels/cam_map.py",
