@@ -131,6 +131,13 @@ class Explainer:
         self.compile = compile
         self._weights: weakref.WeakKeyDictionary[Cut, Weights] = weakref.WeakKeyDictionary()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_weights": None}  # made again where it is unpickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._weights = weakref.WeakKeyDictionary()
+
     def __repr__(self) -> str:
         return f"Explainer({type(self.model).__name__}, {self.method.name!r}, layer={self.layer!r})"
 
@@ -141,7 +148,8 @@ class Explainer:
         if images.shape[0] == 0:
             return self._empty(images, targets)
         with neutral_modes():
-            return self._explain(images, targets)
+            # Tensors made under inference_mode cannot take part in a graph; their copies can.
+            return self._explain(images.clone() if images.is_inference() else images, targets)
 
     def _explain(self, images: torch.Tensor, targets: TargetSpec) -> Attribution:
         by_index = not callable(targets) or isinstance(targets, torch.Tensor)
@@ -262,7 +270,7 @@ class Explainer:
         """The result for no images: one made-up image goes through, and nothing of it is kept."""
         with neutral_modes():
             one = self._explain(images.new_zeros((1, *images.shape[1:])), targets if callable(targets) else None)
-            nothing = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t[:0], one.scores)
+            nothing = torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t[:0] if t.ndim else t, one.scores)
             resolved = resolve_targets(targets, nothing, 0)
         several = (resolved.indices.shape[1],) if resolved.several and resolved.indices is not None else ()
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
+import pickle
 import subprocess
 import sys
+import threading
 import warnings
 
 import pytest
@@ -443,3 +445,116 @@ def test_methods_lists_options_and_sources():
         assert row["source"]
         assert "relu" in row["options"]
     assert listed["cam"]["options"]["relu"] is False
+
+
+def test_replaced_layers_are_seen_even_at_a_reused_address(images):
+    torch.manual_seed(0)
+    model = Small().eval()
+    for options in ({}, {"channels_last": True}):
+        explainer = fastcam.Explainer(model, "grad_cam", **options)
+        for _ in range(12):
+            model.fc = nn.Linear(8, 5)
+            torch.testing.assert_close(explainer(images, 0).scores, model(images).detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_concurrent_first_calls(images):
+    torch.manual_seed(0)
+    model = Small().eval()
+    expected = copy.deepcopy(model.state_dict())
+    failures = []
+
+    def explain(extra):
+        try:
+            fastcam.attribute(model, torch.rand(2, 3, 8 + extra, 8), targets=0)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=explain, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, expected[name])
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -gradient
+
+
+@pytest.mark.parametrize("kind", ["function", "detach", "straight through"])
+def test_gradients_that_differ_from_the_operators_are_kept(images, kind):
+    class Odd(Small):
+        def forward(self, x):
+            x = self.layer1(x)
+            if kind == "function":
+                x = Reversed.apply(x)
+            elif kind == "detach":
+                x = x.detach()
+            else:
+                x = x + (x.round() - x).detach()
+            return self.fc(self.layer2(x).mean((2, 3)))
+
+    torch.manual_seed(0)
+    model = Odd().eval()
+    if kind == "detach":
+        with pytest.raises(RuntimeError, match="score does not depend on layer 'layer1'"):
+            fastcam.attribute(model, images, layer="layer1", targets=0)
+        return
+    found = fastcam.attribute(model, images, layer="layer1", targets=0)
+    kept = []
+    handle = model.layer1.register_forward_hook(
+        lambda m, a, out: kept.append(out.detach().requires_grad_()) or kept[0] * 1
+    )
+    score = model(images)[:, 0].sum()
+    handle.remove()
+    (gradient,) = torch.autograd.grad(score, kept[0])
+    torch.testing.assert_close(found.weights, gradient.mean((2, 3)))
+
+
+def test_hook_path_puts_buffers_back(images):
+    class Counts(Small):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model = Counts().eval()
+    fastcam.attribute(model, images)
+    assert model.calls == 0
+
+
+def test_images_made_under_inference_mode(images):
+    class Gate(Small):
+        def forward(self, x):
+            return self.fc((self.layer1(x) * x.mean(1, keepdim=True)).relu().mean((2, 3)).repeat(1, 2)[:, :8])
+
+    torch.manual_seed(0)
+    model = Gate().eval()
+    expected = fastcam.attribute(model, images, layer="layer1", targets=0).maps
+    with torch.inference_mode():
+        assert torch.equal(fastcam.attribute(model, images.clone(), layer="layer1", targets=0).maps, expected)
+
+
+def test_explainers_can_be_pickled_and_copied(model, images):
+    explainer = fastcam.Explainer(model, "grad_cam", channels_last=True)
+    expected = explainer(images).maps
+    assert torch.equal(pickle.loads(pickle.dumps(explainer))(images).maps, expected)
+    assert torch.equal(copy.deepcopy(explainer)(images).maps, expected)
+
+
+def test_empty_batches_are_checked_too(model, images):
+    for wrong in (99, 10**30, -1):
+        with pytest.raises(IndexError, match="out of range"):
+            fastcam.attribute(model, images[:0], targets=wrong)

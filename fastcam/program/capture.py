@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import warnings
 import weakref
 from collections import OrderedDict
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from .functional import Functionalizer, NeedsDecomposition
 from .nodes import Node, Ref, map_refs, refs_in
@@ -26,6 +28,9 @@ from .state import evaluating, fingerprint, forward_hooked
 __all__ = ["CaptureError", "Program", "capture"]
 
 log = logging.getLogger("fastcam")
+
+#: torch.export swaps the parameters of the module it traces for stand-ins; two traces at a time would lose them.
+_lock = threading.RLock()
 
 #: Programs kept for one model: one for each image size, dtype and device it was explained at.
 _PROGRAMS_PER_MODEL = 8
@@ -100,6 +105,11 @@ def capture(model: nn.Module, images: torch.Tensor) -> Program:
     Raises CaptureError when the network cannot be captured; the outcome is cached either way.
     Cost: one trace on fake tensors the first time (about a second for a ResNet-50), then a fingerprint of the modules.
     """
+    with _lock:
+        return _captured(model, images)
+
+
+def _captured(model: nn.Module, images: torch.Tensor) -> Program:
     key = (fingerprint(model), tuple(images.shape[1:]), images.dtype, images.device)
     programs = _cache.setdefault(model, OrderedDict())
     if key not in programs:
@@ -126,10 +136,12 @@ def _capture(model: nn.Module, images: torch.Tensor) -> Program:
     # Under grad mode, else the no_grad blocks of the user's code would leave no mark in the graph.
     with evaluating(model), torch.inference_mode(False), torch.enable_grad(), _quiet():
         try:
-            with _noting_structured_outputs(model) as structured:
+            with _noting_structured_outputs(model) as structured, _noting_cut_gradients() as cuts:
                 exported = torch.export.export(model, (example,), dynamic_shapes=(_batch_only(example),), strict=False)
         except Exception as error:
             raise CaptureError(f"torch.export cannot trace it: {_first_line(error)}") from error
+        if cuts:
+            raise CaptureError(f"its forward uses {cuts[0]}, whose gradient a graph of plain operators does not keep")
         try:
             return _convert(exported, structured)
         except NeedsDecomposition as reason:
@@ -140,6 +152,33 @@ def _capture(model: nn.Module, images: torch.Tensor) -> Program:
             raise
         except Exception as error:
             raise CaptureError(f"torch.export cannot functionalise it: {_first_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _noting_cut_gradients() -> Iterator[list[str]]:
+    """Collects, while a model is traced in this thread, what gives steps another gradient than their operators have:
+    custom autograd functions and `detach`."""
+    found: list[str] = []
+    thread = threading.get_ident()
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread:
+            found.append(f"the custom autograd function {cls.__name__}")
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func in (torch.Tensor.detach, torch.Tensor.detach_, torch.Tensor.data.__get__):
+                found.append(f"Tensor.{'data' if func == torch.Tensor.data.__get__ else func.__name__}")
+            return func(*args, **(kwargs or {}))
+
+    torch.autograd.Function.apply = classmethod(apply)
+    try:
+        with Watch():
+            yield found
+    finally:
+        torch.autograd.Function.apply = original
 
 
 @contextlib.contextmanager

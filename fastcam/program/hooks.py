@@ -15,7 +15,7 @@ from torch import nn
 
 from .forward import Forward, detached
 from .layers import layer_names, several_outputs
-from .state import evaluating
+from .state import evaluating, keeping_buffers
 
 __all__ = ["HookCut", "hook_cut"]
 
@@ -56,7 +56,7 @@ class HookCut:
             # A copy goes on, so that code after the layer may write into it.
             return taps[-1].clone()
 
-        with torch.inference_mode(False), torch.no_grad(), evaluating(self.model):
+        with torch.inference_mode(False), torch.no_grad(), evaluating(self.model), keeping_buffers(self.model):
             handle = self.module.register_forward_hook(tap)
             try:
                 output = self.model(images.clone())
@@ -85,7 +85,7 @@ def _last_spatial_module(model: nn.Module, images: torch.Tensor) -> str:
         for name, module in model.named_modules():
             if name:
                 handles.append(module.register_forward_hook(note))
-        with torch.inference_mode(False), torch.no_grad(), evaluating(model):
+        with torch.inference_mode(False), torch.no_grad(), evaluating(model), keeping_buffers(model):
             model(images[:1].clone())
     finally:
         for handle in handles:

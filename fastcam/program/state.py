@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import weakref
 from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-__all__ = ["evaluating", "fingerprint", "forward_hooked", "neutral_modes", "unwrap"]
+__all__ = ["evaluating", "fingerprint", "forward_hooked", "keeping_buffers", "neutral_modes", "unwrap"]
 
 _SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 _BOOKKEEPING = frozenset({"training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
@@ -43,6 +45,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def keeping_buffers(model: nn.Module) -> Iterator[None]:
+    """Buffers that a forward pass writes or replaces are put back on every exit path."""
+    kept = [
+        (m, dict(m._buffers), {k: b.clone() for k, b in m._buffers.items() if b is not None}) for m in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, buffers, contents in kept:
+                module._buffers.update(buffers)
+                for name, content in contents.items():
+                    buffer = module._buffers[name]
+                    if buffer is not None and not torch.equal(buffer, content):
+                        buffer.copy_(content)
+
+
+@contextlib.contextmanager
 def neutral_modes() -> Iterator[None]:
     """No autograd graph is recorded inside, and the tensors made are ordinary ones even under `inference_mode`."""
     with torch.inference_mode(False), torch.no_grad():
@@ -67,9 +87,21 @@ def fingerprint(model: nn.Module) -> int:
     return hash(tuple(item for name, module in model.named_modules() for item in _describe(name, module)))
 
 
+_tokens: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_counter = itertools.count()
+
+
+def _token(module: nn.Module) -> int:
+    """A number no other module ever has; `id` is given again once a module is gone."""
+    found = _tokens.get(module)
+    if found is None:
+        found = _tokens[module] = next(_counter)
+    return found
+
+
 def _describe(name: str, module: nn.Module) -> Iterator[Any]:
     yield name
-    yield id(module)
+    yield _token(module)
     yield type(module)
     yield bool(module._forward_hooks or module._forward_pre_hooks)
     for key, value in vars(module).items():

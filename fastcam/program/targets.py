@@ -98,6 +98,8 @@ def _as_indices(
             f"got {type(targets).__name__}"
         )
     if isinstance(targets, int):
+        if not 0 <= targets < classes:
+            raise IndexError(f"target {targets} is out of range: the model's classes are 0 to {classes - 1}")
         indices = torch.full((batch,), targets, dtype=torch.int64)
     else:
         try:

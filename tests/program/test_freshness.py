@@ -57,6 +57,17 @@ def test_a_large_tensor_does_not_make_others_new():
     assert [index for index in kept if after[index] != before[index]] == [3]
 
 
+def test_swapped_filters_and_flipped_signs_are_seen():
+    weight = torch.randn(512, 16, 1, 1, dtype=torch.float64)
+    freshness = Freshness()
+    before = freshness.keys({0: weight})
+    weight.data[[1, 2]] = weight.data[[2, 1]]
+    after = freshness.keys({0: weight})
+    assert after != before
+    weight.data.neg_()
+    assert freshness.keys({0: weight}) != after
+
+
 def test_nan_is_not_news():
     freshness = Freshness()
     kept = {0: torch.full((10,), torch.nan), 1: torch.full((9000,), torch.nan)}
