@@ -330,6 +330,11 @@ def _check_images(images: Any) -> None:
 def _check_match(images: torch.Tensor, parameter: torch.Tensor | None, precision: str | None) -> None:
     if parameter is None:
         return
+    if parameter.is_inference():
+        raise RuntimeError(
+            "the model's parameters were made under torch.inference_mode() and can take part in no gradient; "
+            "explain a copy made outside it: copy.deepcopy(model)"
+        )
     if parameter.device != images.device:
         raise ValueError(f"images are on {images.device} and the model is on {parameter.device}; move one to the other")
     mixed = precision is not None or torch.is_autocast_enabled(images.device.type)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
 import logging
 import pickle
 import subprocess
 import sys
 import threading
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -558,3 +560,63 @@ def test_empty_batches_are_checked_too(model, images):
     for wrong in (99, 10**30, -1):
         with pytest.raises(IndexError, match="out of range"):
             fastcam.attribute(model, images[:0], targets=wrong)
+
+
+def test_explainers_of_two_precisions_share_a_model(model, images):
+    """Taking turns, neither repacks its weights; and what one kept is gone when it is."""
+    pack, packed = torch.ops.mkldnn._reorder_convolution_weight, []
+
+    class Counting:
+        def __call__(self, *args):
+            packed.append(1)
+            return pack(*args)
+
+    half = fastcam.Explainer(model, "grad_cam", precision="bf16", channels_last=True)
+    full = fastcam.Explainer(model, "grad_cam", channels_last=True)
+    expected = [explainer(images).maps for explainer in (half, full)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.ops.mkldnn, "_reorder_convolution_weight", Counting())
+        for _ in range(3):
+            assert torch.equal(half(images).maps, expected[0])
+            assert torch.equal(full(images).maps, expected[1])
+    assert not packed
+    weights = [weakref.ref(tensor) for kept in half._weights.values() for _, tensor in kept._converted.values()]
+    del half
+    gc.collect()
+    assert all(weight() is None for weight in weights)
+
+
+def test_the_hook_path_from_several_threads(images):
+    torch.manual_seed(0)
+    model = Branching().train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = [fastcam.attribute(model, images + i, layer="layer1", targets=0).maps for i in range(4)]
+        wrong = []
+
+        def explain(i):
+            for _ in range(10):
+                try:
+                    found = fastcam.attribute(model, images + i, layer="layer1", targets=0)
+                    if not torch.equal(found.maps, expected[i]):
+                        wrong.append(i)
+                except Exception as error:
+                    wrong.append(error)
+
+        threads = [threading.Thread(target=explain, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+    assert all(module.training for module in model.modules())
+    assert not model.layer1._forward_hooks
+
+
+def test_models_made_under_inference_mode_are_refused_with_a_cure(images):
+    with torch.inference_mode():
+        model = Small().eval()
+    for layer in ("layer1", "layer2"):
+        with pytest.raises(RuntimeError, match=r"made under torch.inference_mode.*copy.deepcopy\(model\)"):
+            fastcam.attribute(model, images, layer=layer)
+    assert fastcam.attribute(copy.deepcopy(model), images, layer="layer1").valid.all()

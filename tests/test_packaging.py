@@ -45,21 +45,12 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.Compl
     return done
 
 
+def wheel_command(out: Path) -> list[str]:
+    return [sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", str(out), "."]
+
+
 def build_wheel(source: Path, out: Path, **environment: str) -> Path:
-    run(
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-build-isolation",
-        "--no-deps",
-        "-w",
-        out,
-        ".",
-        cwd=source,
-        **environment,
-    )
+    run(*wheel_command(out), cwd=source, **environment)
     return next(out.glob("*.whl"))
 
 
@@ -129,20 +120,10 @@ def test_missing_compiler_degrades_with_the_reason(checkout, tmp_path):
 
 
 def test_missing_compiler_is_an_error_when_the_extension_is_required(checkout, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-build-isolation",
-        "--no-deps",
-        "-w",
-        str(tmp_path),
-        ".",
-    ]
     environment = {**os.environ, "CXX": "/no/such/compiler", "FASTCAM_BUILD_EXT": "1"}
-    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        wheel_command(tmp_path), cwd=checkout, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode != 0
     assert "cannot build the requested extension" in done.stdout + done.stderr
 

@@ -23,14 +23,11 @@ from torch.overrides import TorchFunctionMode
 
 from .functional import Functionalizer, NeedsDecomposition
 from .nodes import Node, Ref, map_refs, refs_in
-from .state import evaluating, fingerprint, forward_hooked
+from .state import evaluating, exclusive, fingerprint, forward_hooked
 
 __all__ = ["CaptureError", "Program", "capture"]
 
 log = logging.getLogger("fastcam")
-
-#: torch.export swaps the parameters of the module it traces for stand-ins; two traces at a time would lose them.
-_lock = threading.RLock()
 
 #: Programs kept for one model: one for each image size, dtype and device it was explained at.
 _PROGRAMS_PER_MODEL = 8
@@ -105,7 +102,7 @@ def capture(model: nn.Module, images: torch.Tensor) -> Program:
     Raises CaptureError when the network cannot be captured; the outcome is cached either way.
     Cost: one trace on fake tensors the first time (about a second for a ResNet-50), then a fingerprint of the modules.
     """
-    with _lock:
+    with exclusive:
         return _captured(model, images)
 
 

@@ -117,9 +117,6 @@ class Schedule:
         self._kept = sorted(made & keep)
         self._compiled: Callable[..., Any] | None = None
 
-    def __len__(self) -> int:
-        return len(self._steps)
-
     def run(self, values: dict[int, Any], compiled: bool = False) -> None:
         """Compute the nodes into `values`, which holds their inputs; values no longer needed are removed from it."""
         if compiled and self._steps:

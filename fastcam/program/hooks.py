@@ -7,6 +7,7 @@ gradients are never computed).
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from .forward import Forward, detached
 from .layers import layer_names, several_outputs
-from .state import evaluating, keeping_buffers
+from .state import evaluating, exclusive, keeping_buffers, neutral_modes
 
 __all__ = ["HookCut", "hook_cut"]
 
@@ -56,7 +57,7 @@ class HookCut:
             # A copy goes on, so that code after the layer may write into it.
             return taps[-1].clone()
 
-        with torch.inference_mode(False), torch.no_grad(), evaluating(self.model), keeping_buffers(self.model):
+        with exclusive, neutral_modes(), evaluating(self.model), keeping_buffers(self.model):
             handle = self.module.register_forward_hook(tap)
             try:
                 output = self.model(images.clone())
@@ -80,16 +81,11 @@ def _last_spatial_module(model: nn.Module, images: torch.Tensor) -> str:
         if is_map and math.prod(result.shape[2:]) > 1 and "pool" not in type(module).__name__.lower():
             seen.append(names[id(module)])
 
-    handles = []
-    try:
+    with exclusive, neutral_modes(), evaluating(model), keeping_buffers(model), contextlib.ExitStack() as hooks:
         for name, module in model.named_modules():
             if name:
-                handles.append(module.register_forward_hook(note))
-        with torch.inference_mode(False), torch.no_grad(), evaluating(model), keeping_buffers(model):
-            model(images[:1].clone())
-    finally:
-        for handle in handles:
-            handle.remove()
+                hooks.callback(module.register_forward_hook(note).remove)
+        model(images[:1].clone())
     if not seen:
         raise ValueError("the model has no spatial feature map; pass layer= (and reshape_transform= for tokens)")
     return seen[-1]

@@ -10,17 +10,21 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["PackedConvolution"]
 
 
 class PackedConvolution:
-    """A 2-D convolution, optionally followed by ReLU, that keeps its packed weight until it is given another tensor."""
+    """A 2-D convolution, optionally followed by ReLU, that packs each weight tensor it is given once.
+
+    A packed weight lives as long as the tensor it was made from, so explainers of different precision, or in different
+    threads, share the convolution without getting in each other's way.
+    """
 
     def __init__(self, relu: bool):
         self._relu = relu
-        self._weight: torch.Tensor | None = None
-        self._packed: Any = None
+        self._packed = WeakTensorKeyDictionary()
 
     def __call__(
         self,
@@ -36,13 +40,13 @@ class PackedConvolution:
             result = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
             return result.relu_() if self._relu else result
         pads, steps, spread = _pair(padding), _pair(stride), _pair(dilation)
-        if weight is not self._weight:
+        packed = self._packed.get(weight)
+        if packed is None:
             pack = torch.ops.mkldnn._reorder_convolution_weight
-            self._packed = pack(weight, pads, steps, spread, groups, list(x.shape))
-            self._weight = weight
+            packed = self._packed[weight] = pack(weight, pads, steps, spread, groups, list(x.shape))
         run = torch.ops.mkldnn._convolution_pointwise
         after = "relu" if self._relu else "none"
-        return run(x, self._packed, bias, pads, steps, spread, groups, after, [], "")
+        return run(x, packed, bias, pads, steps, spread, groups, after, [], "")
 
 
 def _supported(x: torch.Tensor, weight: torch.Tensor) -> bool:

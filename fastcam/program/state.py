@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import threading
 import weakref
 from collections.abc import Iterator
 from typing import Any, cast
@@ -11,7 +12,11 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-__all__ = ["evaluating", "fingerprint", "forward_hooked", "keeping_buffers", "neutral_modes", "unwrap"]
+__all__ = ["evaluating", "exclusive", "fingerprint", "forward_hooked", "keeping_buffers", "neutral_modes", "unwrap"]
+
+#: Held while a model is traced, run through a hook, or has its flags set: other threads would see it half changed, and
+#: torch.export swaps the parameters of what it traces for stand-ins, which two traces at a time would lose.
+exclusive = threading.RLock()
 
 _SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 _BOOKKEEPING = frozenset({"training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
