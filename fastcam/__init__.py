@@ -11,9 +11,20 @@ from typing import Any
 from fastcam.backends import backend, backends
 from fastcam.explainer import Attribution, Explainer, attribute
 from fastcam.methods import methods
+from fastcam.program.rescale import UnsupportedOpError, register_rescale_rule
 
 __version__ = "0.1.0"
-__all__ = ["Attribution", "Explainer", "__version__", "attribute", "backend", "backends", "methods", "ops"]
+__all__ = [
+    "Attribution",
+    "Explainer",
+    "UnsupportedOpError",
+    "__version__",
+    "attribute",
+    "backend",
+    "backends",
+    "methods",
+]
+__all__ += ["ops", "register_rescale_rule"]
 
 
 def _adopt_checkout_kernels(pkg: str = __name__) -> None:

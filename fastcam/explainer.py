@@ -16,13 +16,13 @@ from torch import nn
 
 from fastcam import methods as registry
 from fastcam.methods._maps import finish
-from fastcam.methods._method import Passage
+from fastcam.methods._method import CamOptions, Passage, Pixels
 from fastcam.program.capture import CaptureError, capture
 from fastcam.program.cut import Cut, cut
-from fastcam.program.execute import Weights
-from fastcam.program.forward import Forward
-from fastcam.program.hooks import HookCut, hook_cut
+from fastcam.program.forward import Forward, Session
+from fastcam.program.hooks import hook_session
 from fastcam.program.layers import LayerNotInProgram, check_spatial, find_layer, layer_names
+from fastcam.program.session import Bound
 from fastcam.program.state import neutral_modes, unwrap
 from fastcam.program.targets import Targets, TargetSpec, resolve_targets
 
@@ -49,11 +49,13 @@ class Attribution:
     scores   the model's output
     targets  (B,) or (B, T) class indices, or the callable
     weights  (B, K) or (B, T, K) channel coefficients, or None where the method has none
-    delta    completeness residual, or None where the method has none
+    delta    (B,) or (B, T) completeness residual, sum of contributions minus difference of scores, or None where the
+             method has none
     valid    (B,) bool; False where the map was masked because something was not finite or a target did not exist
     layer    name of the layer
     method   name of the method
-    options  the method's options as used
+    options  the method's options as used; "certainty" says what of a method is reconstructed rather than known
+    extra    further results of the method by name, described at the method
 
     All tensors are on the images' device and carry no gradient. Maps are float32, or float64 where the network runs in
     float64.
@@ -69,6 +71,7 @@ class Attribution:
     layer: str
     method: str
     options: dict[str, Any]
+    extra: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __repr__(self) -> str:
         shape = ", ".join(str(size) for size in self.maps.shape)
@@ -78,37 +81,42 @@ class Attribution:
 class Explainer:
     """A method bound to a model; keeps the capture, the head's analysis and converted weights between calls.
 
-        explainer = fastcam.Explainer(model, "grad_cam")
+        explainer = fastcam.Explainer(model, "lift_cam")
         result = explainer(images)                        # result.maps: (B, H, W)
 
     model          any module that maps an image batch (B, C, *spatial) to scores; never modified. In train mode it is
                    explained as in evaluation mode, with one warning.
     method         a name from `fastcam.methods()`
-    layer          None: the last spatial feature map · a dotted module name · a module
+    layer          None: the last spatial feature map (the input, for pixel methods) · a dotted module name · a module
     size           "input": the images' size · "layer": the layer's · (H, W)
-    normalize      min-max scale each map to [0, 1] after resizing; a constant map becomes zeros
+    normalize      after resizing, min-max scale each map to [0, 1]; signed maps of pixel methods are divided by their
+                   largest magnitude, to [-1, 1]. A constant map becomes zeros
     precision      None: the model's own · "bf16", "fp16", "fp32", "fp64": run the network with converted weights
     channels_last  run the network in channels_last layout, with converted weights. Either conversion also folds batch
                    norms into convolutions; scores then equal the model's to rounding, not to the bit
+    mean, std      how the images were normalised, one number a channel, for references named in pixels ("black"); None:
+                   ImageNet's, where images have three channels
     compile        run trunk and head through `torch.compile`
     options        the method's options; an unknown one is an error that lists the known ones
 
     Raises ValueError or TypeError for an unknown method, option, layer, precision or size.
     Cost: one trace of the network at the first call for an image size (about a second for a ResNet-50), shared by all
-    explainers of the model; from then on the forward pass, the head's backward pass where the head is not affine, and
-    one fused op. Weights are read from the model at every call.
+    explainers of the model; from then on the forward pass, a pass back through the head where the method needs one and
+    the head is not affine, and one fused op. Weights are read from the model at every call.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        method: str = "grad_cam",
+        method: str = "lift_cam",
         *,
         layer: str | nn.Module | None = None,
         size: str | Sequence[int] = "input",
         normalize: bool = True,
         precision: str | None = None,
         channels_last: bool = False,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
         compile: bool = False,
         **options: Any,
     ):
@@ -129,14 +137,15 @@ class Explainer:
         self.precision = precision
         self.channels_last = channels_last
         self.compile = compile
-        self._weights: weakref.WeakKeyDictionary[Cut, Weights] = weakref.WeakKeyDictionary()
+        self.pixels = _check_pixels(mean, std)
+        self._bound: weakref.WeakKeyDictionary[Cut, Bound] = weakref.WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_weights": None}  # made again where it is unpickled
+        return self.__dict__ | {"_bound": None}  # made again where it is unpickled
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._weights = weakref.WeakKeyDictionary()
+        self._bound = weakref.WeakKeyDictionary()
 
     def __repr__(self) -> str:
         return f"Explainer({type(self.model).__name__}, {self.method.name!r}, layer={self.layer!r})"
@@ -153,65 +162,63 @@ class Explainer:
 
     def _explain(self, images: torch.Tensor, targets: TargetSpec) -> Attribution:
         by_index = not callable(targets) or isinstance(targets, torch.Tensor)
-        passed = self._pass(images, by_index)
+        options = self.options
+        passed = self._session(images).forward(images, self.method.needs, by_index)
         resolved = resolve_targets(targets, passed.output, len(images))
         features = passed.features
-        if self.options.reshape_transform is not None:
-            features = self.options.reshape_transform(features)
-        check_spatial(
-            (None, *features.shape[1:]), passed.layer, images.ndim - 2, self.options.reshape_transform is not None
-        )
+        if options.reshape_transform is not None:
+            features = options.reshape_transform(features)
+        check_spatial((None, *features.shape[1:]), passed.layer, images.ndim - 2, options.reshape_transform is not None)
         size = self._map_size(images, features, passed.layer)
-        passage = Passage(passed, features, resolved, self.options, closed=passed.uniform)
-        evidence = self.method.evidence(passage, self.options)
-        maps, raw, finite = finish(features, evidence, self.options.relu, self.normalize, size)
+        passage = Passage(passed, images, features, resolved, options, self.pixels)
+        evidence = self.method.evidence(passage, options)
+        relu = isinstance(options, CamOptions) and options.relu
+        maps, raw, finite = finish(features, evidence, relu, self.normalize, size, self.method.signed)
         maps, raw, valid = self._check_finite(maps, raw, finite, passed, features, resolved)
+        certainty = {"certainty": self.method.certainty} if self.method.certainty else {}
         return Attribution(
             maps=maps,
             raw=raw,
             scores=passed.output,
             targets=resolved.indices if resolved.indices is not None else resolved.score,
-            weights=evidence.weights,
-            delta=None,
+            weights=evidence.shown if evidence.shown is not None else evidence.weights,
+            delta=evidence.delta,
             valid=valid,
             layer=passed.layer,
             method=self.method.name,
-            options=dataclasses.asdict(self.options),
+            options=dataclasses.asdict(options) | certainty,
+            extra=evidence.extra,
         )
 
-    def _pass(self, images: torch.Tensor, by_index: bool) -> Forward:
-        """One pass through the network, captured where possible, else by a hook."""
+    def _session(self, images: torch.Tensor) -> Session:
+        """The network at the layer: captured where possible, else through a hook."""
         parameter = next((p for p in self.model.parameters() if p.is_floating_point()), None)
         _check_match(images, parameter, self.precision)
         own = parameter.dtype if parameter is not None else images.dtype
         try:
             program = capture(self.model, images.to(own))
-            reshaped = self.options.reshape_transform is not None
-            feature, name = find_layer(program, self.model, self.layer, images.ndim - 2, reshaped)
+            if self.method.pixels and self.layer is None:
+                feature, name = program.input, "input"
+            else:
+                reshaped = self.options.reshape_transform is not None
+                feature, name = find_layer(program, self.model, self.layer, images.ndim - 2, reshaped)
         except (CaptureError, LayerNotInProgram) as reason:
-            return self._pass_by_hook(images, str(reason))
+            return self._hooked(images, str(reason))
         dtype = None if self.precision is None else _PRECISIONS[self.precision]
         # A run that converts the weights may as well fold the batch norms; the plain one gives the model's own bits.
         made = cut(program, feature, name, folded=dtype is not None or self.channels_last)
-        if made not in self._weights:
-            self._weights[made] = Weights(made.program, self.model, dtype, self.channels_last)
-        four = self.channels_last and images.ndim == 4
-        layout = torch.channels_last if four else torch.preserve_format
-        return made.forward(
-            images.to(dtype=dtype or own, memory_format=layout),
-            self._weights[made].values(),
-            gradients=self.method.gradients,
-            by_index=by_index,
-            compiled=self.compile,
-        )
+        if made not in self._bound:
+            self._bound[made] = Bound(made, self.model, own, dtype, self.channels_last, self.compile)
+        return self._bound[made].session()
 
-    def _pass_by_hook(self, images: torch.Tensor, reason: str) -> Forward:
+    def _hooked(self, images: torch.Tensor, reason: str) -> Session:
         unmet = [
             text
             for text, asked in (
                 (f"precision={self.precision!r}", self.precision is not None),
                 ("channels_last=True", self.channels_last),
                 ("compile=True", self.compile),
+                (f"method '{self.method.name}'", self.method.needs == "multipliers" or self.method.pixels),
             )
             if asked
         ]
@@ -219,8 +226,7 @@ class Explainer:
             raise RuntimeError(f"{' and '.join(unmet)} needs a captured network, but {reason}")
         if _first_time(self.model, reason):
             log.warning("%s is explained through a forward hook: %s", type(self.model).__name__, reason)
-        found: HookCut = hook_cut(self.model, self.layer, images)
-        return found.forward(images, gradients=self.method.gradients)
+        return hook_session(self.model, self.layer, images, reason)
 
     def _map_size(self, images: torch.Tensor, features: torch.Tensor, layer: str) -> tuple[int, ...] | None:
         if math.prod(features.shape[2:]) == 1 and self.normalize:
@@ -284,24 +290,28 @@ class Explainer:
             scores=nothing,
             targets=resolved.indices if resolved.indices is not None else resolved.score,
             weights=None if one.weights is None else shaped(one.weights),
+            delta=None if one.delta is None else one.delta.new_zeros((0, *several)),
             valid=one.valid[:0],
+            extra=torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t[:0] if t.ndim else t, one.extra),
         )
 
 
 def attribute(
     model: nn.Module,
     images: torch.Tensor,
-    method: str = "grad_cam",
+    method: str = "lift_cam",
     *,
     targets: TargetSpec = None,
     layer: str | nn.Module | None = None,
     size: str | Sequence[int] = "input",
     normalize: bool = True,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     **options: Any,
 ) -> Attribution:
     """Attribution maps of a batch of images.
 
-        result = fastcam.attribute(model, images, "grad_cam", targets="top3")     # result.maps: (B, 3, H, W)
+        result = fastcam.attribute(model, images, "lift_cam", targets="top3")     # result.maps: (B, 3, H, W)
 
     images   (B, C, *spatial) floating point, prepared as the model expects; B may be 0
     targets  None: arg-max of each image · int: that class for all · list of B ints · integer tensor (B,) or (B, T) ·
@@ -310,7 +320,8 @@ def attribute(
     The other arguments are those of `Explainer`, whose docstring gives errors and cost; this is
     `Explainer(model, method, ...)(images, targets)`. Capture is shared between calls.
     """
-    return Explainer(model, method, layer=layer, size=size, normalize=normalize, **options)(images, targets)
+    settings: dict[str, Any] = {"layer": layer, "size": size, "normalize": normalize, "mean": mean, "std": std}
+    return Explainer(model, method, **settings, **options)(images, targets)
 
 
 def _check_images(images: Any) -> None:
@@ -367,6 +378,17 @@ def _check_size(size: Any) -> Any:
     if not numbers or not size or min(size) < 1:
         raise ValueError(f"size must be 'input', 'layer' or positive integers (H, W); got {size!r}")
     return tuple(size)
+
+
+def _check_pixels(mean: Any, std: Any) -> Pixels:
+    if (mean is None) != (std is None):
+        raise ValueError("mean and std belong together; pass both, or neither for ImageNet's")
+    if mean is None:
+        return Pixels()
+    mean, std = (tuple(float(x) for x in numbers) for numbers in (mean, std))
+    if len(mean) != len(std) or not all(math.isfinite(x) for x in mean + std) or not all(x > 0 for x in std):
+        raise ValueError(f"mean and std must hold as many finite numbers each, std positive; got {mean} and {std}")
+    return Pixels(mean, std)
 
 
 def _nonfinite_message(valid: torch.Tensor, features: torch.Tensor, output: Any, layer: str, method: str) -> str:

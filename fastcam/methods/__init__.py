@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from typing import Any
 
-from . import cam, eigen_cam, grad_cam, grad_cam_pp, hires_cam, layer_cam, xgrad_cam
+from . import a_fmi, cam, deep_lift, eigen_cam, grad_cam, grad_cam_pp, hires_cam, layer_cam, lift_cam, xgrad_cam
 from ._method import CamOptions, Evidence, Method, Passage
 
 __all__ = ["CamOptions", "Evidence", "Method", "Passage", "get", "methods"]
@@ -14,6 +14,8 @@ __all__ = ["CamOptions", "Evidence", "Method", "Passage", "get", "methods"]
 _METHODS: dict[str, Method] = {
     method.name: method
     for method in (
+        lift_cam.METHOD,
+        a_fmi.METHOD,
         cam.METHOD,
         grad_cam.METHOD,
         grad_cam_pp.METHOD,
@@ -22,6 +24,7 @@ _METHODS: dict[str, Method] = {
         layer_cam.METHOD,
         eigen_cam.EIGEN_CAM,
         eigen_cam.EIGEN_GRAD_CAM,
+        deep_lift.METHOD,
     )
 }
 

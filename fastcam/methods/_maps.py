@@ -32,42 +32,59 @@ def positionwise(function: Callable[[torch.Tensor], torch.Tensor], gradients: to
     return function(compact).expand_as(gradients)
 
 
-def finish(features: torch.Tensor, evidence: Evidence, relu: bool, normalize: bool, size: Sequence[int] | None) -> Maps:
+def finish(
+    features: torch.Tensor,
+    evidence: Evidence,
+    relu: bool,
+    normalize: bool,
+    size: Sequence[int] | None,
+    signed: bool = False,
+) -> Maps:
     """Maps at `size` (None: layer size), maps at layer size after ReLU, and whether each is finite.
 
     features  (B, K, *spatial);  returns (B[, T], *size), (B[, T], *spatial), (B[, T])
 
-    Resize is linear, bilinear or trilinear (align_corners=False); min-max scaling follows it, a constant map becomes
-    zeros. Two-dimensional maps take one fused op for all of it.
+    Resize is linear, bilinear or trilinear (align_corners=False); scaling follows it: min-max, or where `signed` by
+    the largest magnitude. A constant map becomes zeros. Two-dimensional maps take one fused op for all but the latter.
     """
-    rank = features.ndim - 2
+    scaled = normalize and not signed
+    reference = evidence.reference
     if evidence.projection is not None:
         # A projection is a one-channel feature map with weight one, one row for each map.
+        rank = features.ndim - 2
         rows = evidence.projection.flatten(0, -rank - 1).unsqueeze(1)
-        found = _reduce(rows, rows.new_ones((len(rows), 1)), relu, normalize, size)
+        found = _reduce(rows, rows.new_ones((len(rows), 1)), None, relu, scaled, size)
         lead = evidence.projection.shape[: -rank or None]
         maps, raw, finite = (part.unflatten(0, lead) if len(lead) > 1 else part for part in found)
-        return maps, raw, finite
-    if evidence.multipliers is not None:
-        return _reduce(features, planar(evidence.multipliers, rank), relu, normalize, size)
-    assert evidence.weights is not None
-    return _reduce(features, evidence.weights, relu, normalize, size)
+    elif evidence.multipliers is not None:
+        factors = planar(evidence.multipliers, features.ndim - 2)
+        maps, raw, finite = _reduce(features, factors, reference, relu, scaled, size)
+    else:
+        assert evidence.weights is not None
+        maps, raw, finite = _reduce(features, evidence.weights, reference, relu, scaled, size)
+    if signed and normalize:
+        largest = maps.flatten(finite.ndim).abs().amax(-1).reshape(*finite.shape, *(1,) * (maps.ndim - finite.ndim))
+        maps = torch.where(largest == 0, 0, maps / largest)
+    return maps, raw, finite
 
 
 def _reduce(
-    features: torch.Tensor, weights: torch.Tensor, relu: bool, normalize: bool, size: Sequence[int] | None
+    features: torch.Tensor,
+    weights: torch.Tensor,
+    reference: torch.Tensor | None,
+    relu: bool,
+    normalize: bool,
+    size: Sequence[int] | None,
 ) -> Maps:
     rank = features.ndim - 2
-    if rank == 2:
-        return ops.cam_map_with_raw(features, weights, relu=relu, normalize=normalize, size=size)
-    if rank == 1:
-        wide = None if size is None else (1, *size)
-        maps, raw, finite = ops.cam_map_with_raw(
-            planar(features, rank), weights, relu=relu, normalize=normalize, size=wide
-        )
-        return maps.squeeze(-2), raw.squeeze(-2), finite
-    _, flat, finite = ops.cam_map_with_raw(planar(features, rank), weights, relu=relu, normalize=False)
-    raw = flat.unflatten(-1, features.shape[-2:])
+    flat = planar(features, rank)
+    base = None if reference is None else planar(reference, rank)
+    if rank < 3:
+        wide = size if size is None or rank == 2 else (1, *size)
+        maps, raw, finite = ops.cam_map_with_raw(flat, weights, base, relu=relu, normalize=normalize, size=wide)
+        return (maps, raw, finite) if rank == 2 else (maps.squeeze(-2), raw.squeeze(-2), finite)
+    _, plane, finite = ops.cam_map_with_raw(flat, weights, base, relu=relu, normalize=False)
+    raw = plane.unflatten(-1, features.shape[-2:])
     maps = raw if size is None else _trilinear(raw, size)
     if normalize:
         rows = maps.flatten(0, -4).flatten(1).unsqueeze(1).unsqueeze(1)

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from fastcam.program.forward import Forward
-from fastcam.program.targets import Targets
+from fastcam.program.forward import Forward, Needs, Reference
+from fastcam.program.targets import Targets, scores_of
 
-__all__ = ["CamOptions", "Evidence", "Method", "Passage"]
+__all__ = ["CamOptions", "Evidence", "Method", "MethodOptions", "Passage", "Pixels"]
 
 
 @dataclass(frozen=True)
-class CamOptions:
-    """Options every CAM-type method takes.
+class MethodOptions:
+    """Options every method takes.
 
-    relu               keep only positive evidence: M -> max(M, 0)
     reshape_transform  callable that turns the layer's output (tokens, channels-last blocks) into (B, K, *spatial); it
                        must only move elements around, since gradients go through it too
     on_nonfinite       "raise": ValueError naming the tensor and the image · "mask": that image's maps are zeros and
@@ -28,8 +28,7 @@ class CamOptions:
                        would cost a synchronisation
     """
 
-    relu: bool = True
-    reshape_transform: Callable[[torch.Tensor], torch.Tensor] | None = None
+    reshape_transform: Callable[[Tensor], Tensor] | None = None
     on_nonfinite: Literal["raise", "mask"] | None = None
 
     def __post_init__(self) -> None:
@@ -39,20 +38,75 @@ class CamOptions:
             raise TypeError(f"reshape_transform must be a callable; got {type(self.reshape_transform).__name__}")
 
 
+@dataclass(frozen=True)
+class CamOptions(MethodOptions):
+    """Options every CAM-type method takes: those of `MethodOptions`, and
+
+    relu  keep only positive evidence: M -> max(M, 0)
+    """
+
+    relu: bool = True
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What the pixel values mean.
+
+    mean, std  per channel, as subtracted and divided by when the images were prepared; None: ImageNet's, for images of
+               three channels
+    """
+
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    def normalize(self, value: Tensor | float, like: Tensor) -> Tensor:
+        """Pixels in [0, 1], a number or (B, C, *spatial), as the model sees them: (B or 1, C, 1...) or larger."""
+        channels = like.shape[1]
+        if self.mean is None and channels != 3:
+            raise ValueError(
+                f"a named reference needs to know how the images were normalised; these have {channels} channels: pass "
+                f"mean= and std= with {channels} numbers each"
+            )
+        mean, std = self.mean or (0.485, 0.456, 0.406), self.std or (0.229, 0.224, 0.225)
+        if len(mean) != channels or len(std) != channels:
+            raise ValueError(
+                f"mean and std must hold one number for each of the images' {channels} channels; got {mean} and {std}"
+            )
+        shape = (1, -1, *(1,) * (like.ndim - 2))
+        center, scale = (like.new_tensor(numbers).reshape(shape) for numbers in (mean, std))
+        return (value - center) / scale
+
+
 class Passage:
     """A batch after its pass through the network, as a method sees it.
 
+    images    (B, C, *spatial) as given
     features  (B, K, *spatial), reshaped by `reshape_transform` where given
+    output    the model's output
     targets   the resolved targets
     layer     the layer's name
-    closed    whether the head is affine with gradients that are the same at every position
+    uniform   whether the head is affine with gradients that are the same at every position
+    linear    whether the head is affine, so that multipliers are gradients
+    pixels    how the images were normalised
     """
 
-    def __init__(self, forward: Forward, features: torch.Tensor, targets: Targets, options: CamOptions, closed: bool):
+    def __init__(
+        self,
+        forward: Forward,
+        images: Tensor,
+        features: Tensor,
+        targets: Targets,
+        options: MethodOptions,
+        pixels: Pixels | None = None,
+    ):
+        self.images = images
         self.features = features
+        self.output = forward.output
         self.targets = targets
         self.layer = forward.layer
-        self.closed = closed
+        self.uniform = forward.uniform
+        self.linear = forward.linear
+        self.pixels = pixels or Pixels()
         self._forward = forward
         self._reshape = options.reshape_transform
 
@@ -60,9 +114,71 @@ class Passage:
     def spatial_rank(self) -> int:
         return self.features.ndim - 2
 
-    def gradients(self) -> torch.Tensor:
+    def scores(self, output: Any = None) -> Tensor:
+        """(B,) or (B, T) scores explained, of this pass or in another output of B or 1 rows."""
+        output = self.output if output is None else output
+        batch = len(self.features)
+        output = torch.utils._pytree.tree_map_only(Tensor, lambda t: _rows(t, batch), output)
+        if self.targets.indices is not None:
+            chosen = self.targets.indices
+            found = output.gather(1, chosen if chosen.ndim == 2 else chosen.unsqueeze(1))
+            return found if chosen.ndim == 2 else found.squeeze(1)
+        return scores_of(output, self.targets, None, batch, self.layer, differentiable=False)
+
+    def gradients(self) -> Tensor:
         """d score / d features, (B, K, *spatial) or (B, T, K, *spatial); stride 0 over positions on closed heads."""
-        found = self._forward.gradients(self.targets)
+        return self._reshaped(self._forward.gradients(self.targets))
+
+    def reference(self, features: Tensor | None = None) -> Reference:
+        """A reference of features as the layer gives them, (1 or B, ...); None: zeros, one for all images."""
+        if features is None:
+            features = torch.zeros_like(self._forward.features[:1])
+        return self._forward.reference(features)
+
+    def reference_image(self, images: Tensor, key: Hashable = None) -> Reference:
+        """Features of reference images (1 or B, C, *spatial); kept for the next call where `key` names them."""
+        session = self._forward.session
+
+        def make() -> Reference:
+            return self._forward.reference(session.features(images))
+
+        return session.shared_reference(key, make) if key is not None else make()
+
+    def difference(self, reference: Reference) -> tuple[Tensor, Tensor]:
+        """DeepLIFT multipliers (B[, T], K, *spatial) between reference and this pass, and the reference's features."""
+        found = self._reshaped(self._forward.multipliers(self.targets, reference))
+        features = reference.features
+        return found, features if self._reshape is None else self._reshape(features)
+
+    def output_of(self, images: Tensor) -> Any:
+        """The model's output for other images."""
+        return self._forward.session.output(images)
+
+    def again(self, images: Tensor, options: MethodOptions) -> Passage:
+        """Another pass, for the same targets, on images of the same shape, ready for gradients."""
+        passed = self._forward.session.forward(images, "gradients", self.targets.indices is not None)
+        features = passed.features if self._reshape is None else self._reshape(passed.features)
+        return Passage(passed, images, features, self.targets, options, self.pixels)
+
+    def output_with(self, features: Tensor, rows: Tensor) -> Any:
+        """The output with other features (n, K, *spatial) in the place of those of images `rows` (n,)."""
+        return self._forward.head(features if self._reshape is None else self._restored(features, rows), rows)
+
+    def residual(self, contributions: Tensor, reference: Reference) -> Tensor:
+        """Completeness residual: contributions (B,) or (B, T) minus the difference of the scores."""
+        return contributions - (self.scores() - self.scores(reference.output)).to(contributions.dtype)
+
+    def _restored(self, features: Tensor, rows: Tensor) -> Tensor:
+        """Reshaped features put back where the layer has them; what `reshape_transform` dropped stays the image's."""
+        assert self._reshape is not None
+        layer = self._forward.features
+        positions = torch.arange(layer[0].numel(), device=layer.device).reshape(1, *layer.shape[1:])
+        moved = self._reshape(positions).flatten(1).expand(len(rows), -1)
+        return (
+            layer[rows].flatten(1).scatter(1, moved, features.flatten(1).to(layer.dtype)).reshape(-1, *layer.shape[1:])
+        )
+
+    def _reshaped(self, found: Tensor) -> Tensor:
         if self._reshape is None:
             return found
         if not self.targets.several:
@@ -70,18 +186,30 @@ class Passage:
         return torch.stack([self._reshape(one) for one in found.unbind(1)], dim=1)
 
 
+def _rows(tensor: Tensor, batch: int) -> Tensor:
+    return tensor.expand(batch, *tensor.shape[1:]) if tensor.ndim and len(tensor) == 1 else tensor
+
+
 @dataclass(frozen=True)
 class Evidence:
-    """What a method hands to the shared end of the pipeline (ReLU, resize, normalisation); exactly one is given.
+    """What a method hands to the shared end of the pipeline; exactly one of the first three is given.
 
     weights      (B, K) or (B, T, K) channel coefficients: the map is sum_k weights_k A_k
     multipliers  (B, K, *spatial) or (B, T, K, *spatial): the map is sum_k multipliers_k * A_k
     projection   (B, *spatial) or (B, T, *spatial): the map itself
+    reference    (1 or B, K, *spatial) features to be subtracted from A first, or None
+    shown        (B, K) or (B, T, K) channel coefficients for `Attribution.weights` where the map is not made of them
+    delta        (B,) or (B, T) completeness residual, or None
+    extra        further results for `Attribution.extra`, by name; tensors of B rows
     """
 
-    weights: torch.Tensor | None = None
-    multipliers: torch.Tensor | None = None
-    projection: torch.Tensor | None = None
+    weights: Tensor | None = None
+    multipliers: Tensor | None = None
+    projection: Tensor | None = None
+    reference: Tensor | None = None
+    shown: Tensor | None = None
+    delta: Tensor | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -92,18 +220,24 @@ class Method:
     summary    one line
     source     paper and equation
     evidence   the formula
-    gradients  whether the formula reads gradients
+    needs      what the formula reads beside features and scores: "features" (nothing), "gradients", "multipliers"
     options    the dataclass of its options, defaults included
+    pixels     whether layer=None means the input pixels rather than the last feature map
+    signed     whether normalised maps are divided by their largest magnitude, to [-1, 1], rather than min-max scaled
+    certainty  what of it is reconstructed rather than read in the source, where that is so
     """
 
     name: str
     summary: str
     source: str
     evidence: Callable[[Passage, Any], Evidence]
-    gradients: bool
-    options: type[CamOptions] = CamOptions
+    needs: Needs
+    options: type[MethodOptions] = CamOptions
+    pixels: bool = False
+    signed: bool = False
+    certainty: str | None = None
 
-    def make_options(self, given: dict[str, Any]) -> CamOptions:
+    def make_options(self, given: dict[str, Any]) -> MethodOptions:
         """The options dataclass with `given` filled in; TypeError for a name the method does not know."""
         known = [f.name for f in dataclasses.fields(self.options)]
         for name in given:

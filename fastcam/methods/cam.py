@@ -29,7 +29,7 @@ def cam(passage: Passage, options: ClassActivationOptions) -> Evidence:
     Cost: the forward pass, no gradient.
     Source: Zhou et al., Learning Deep Features for Discriminative Localization, CVPR 2016, arXiv 1512.04150, eq. 2.
     """
-    if not passage.closed:
+    if not passage.uniform:
         raise ValueError(
             f"cam needs a head that averages layer '{passage.layer}' over positions and is linear from there to the "
             "scores, in a model that can be captured; use method='grad_cam', which needs neither"
@@ -44,6 +44,6 @@ METHOD = Method(
     "channels weighted by the linear classifier (global pooling heads)",
     "arXiv 1512.04150, eq. 2",
     cam,
-    gradients=True,
+    needs="gradients",
     options=ClassActivationOptions,
 )

@@ -111,7 +111,7 @@ EIGEN_CAM = Method(
     "first principal component of the features, the same for every class",
     "arXiv 2008.00299",
     eigen_cam,
-    gradients=False,
+    needs="features",
     options=EigenOptions,
 )
 EIGEN_GRAD_CAM = Method(
@@ -119,6 +119,6 @@ EIGEN_GRAD_CAM = Method(
     "first principal component of gradient x activation",
     "pytorch-grad-cam, eigen_grad_cam.py",
     eigen_grad_cam,
-    gradients=True,
+    needs="gradients",
     options=EigenOptions,
 )

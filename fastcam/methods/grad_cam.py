@@ -24,5 +24,5 @@ def grad_cam(passage: Passage, options: CamOptions) -> Evidence:
 
 
 METHOD = Method(
-    "grad_cam", "channels weighted by their mean gradient", "arXiv 1610.02391, eq. 1-2", grad_cam, gradients=True
+    "grad_cam", "channels weighted by their mean gradient", "arXiv 1610.02391, eq. 1-2", grad_cam, needs="gradients"
 )

@@ -32,5 +32,5 @@ METHOD = Method(
     "channels weighted by positive gradients, lone positions more",
     "arXiv 1710.11063, eq. 10 and 19",
     grad_cam_pp,
-    gradients=True,
+    needs="gradients",
 )

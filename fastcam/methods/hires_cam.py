@@ -21,5 +21,5 @@ def hires_cam(passage: Passage, options: CamOptions) -> Evidence:
 
 
 METHOD = Method(
-    "hires_cam", "gradient x activation at every position", "arXiv 2011.08891, eq. 3", hires_cam, gradients=True
+    "hires_cam", "gradient x activation at every position", "arXiv 2011.08891, eq. 3", hires_cam, needs="gradients"
 )

@@ -27,5 +27,5 @@ METHOD = Method(
     "positive gradient x activation at every position",
     "IEEE TIP 2021, DOI 10.1109/TIP.2021.3089943, eq. 6-7",
     layer_cam,
-    gradients=True,
+    needs="gradients",
 )

@@ -30,5 +30,5 @@ METHOD = Method(
     "channels weighted by gradient x activation over activation",
     "arXiv 2008.02312, eq. 8",
     xgrad_cam,
-    gradients=True,
+    needs="gradients",
 )

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Mapping
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from .affine import AffineHead, analyse
 from .capture import Program
 from .execute import Schedule
 from .fold import fold_norms
-from .forward import Forward, detached
-from .nodes import LEAVES
-from .state import neutral_modes
-from .targets import Targets, scores_of
+from .multipliers import Walk
+from .nodes import LEAVES, op_name
+from .rescale import known
 
 __all__ = ["Cut", "cut"]
 
@@ -33,9 +32,11 @@ def cut(program: Program, feature: int, layer: str, folded: bool = False) -> Cut
 class Cut:
     """A program split at one value.
 
-    trunk   everything that does not follow from the feature map, and the feature map itself
-    head    everything from the feature map to the output
-    affine  the head's closed form, or None
+    trunk    everything that does not follow from the feature map, and the feature map itself
+    head     everything from the feature map to the output
+    affine   the head's closed form, or None
+    sizes    values that enter the head beside the features and are the batch size
+    bypass   values that enter the head beside the features and follow from the images: connections around the layer
     """
 
     def __init__(self, program: Program, feature: int, layer: str, packed: bool = False):
@@ -45,84 +46,47 @@ class Cut:
         self.program = program
         self.feature = feature
         self.layer = layer
-        head_nodes = [program.nodes[i] for i in sorted(head)]
-        self._crossing = frozenset(
+        self._head_nodes = [program.nodes[i] for i in sorted(head)]
+        crossing = frozenset(
             ref
-            for node in head_nodes
+            for node in self._head_nodes
             for ref in node.refs()
             if ref not in head and ref != feature and program.nodes[ref].kind not in LEAVES and ref != program.input
         )
-        survive = self._crossing | {feature} | (outputs - head)
-        self._trunk = Schedule(program, needed - head, survive, in_place=True, packed=packed)
-        self._head = Schedule(program, head, outputs | {feature}, in_place=True, packed=packed)
-        self._head_graph = Schedule(program, head, outputs | {feature}, in_place=False)
-        self.affine: AffineHead | None = analyse(program, feature, head_nodes) if head else None
+        reads_images = any(program.input in node.refs() for node in self._head_nodes) and feature != program.input
+        images = program.descendants(program.input)
+        self.sizes = frozenset(ref for ref in crossing & images if op_name(program.nodes[ref].target) == "sym_size")
+        self.bypass = (crossing & images - self.sizes) | ({program.input} if reads_images else set())
+        survive = crossing | {feature} | (outputs - head)
+        self.trunk = Schedule(program, needed - head, survive, in_place=True, packed=packed)
+        self.head = Schedule(program, head, outputs | {feature}, in_place=True, packed=packed)
+        self.head_graph = Schedule(program, head, outputs | {feature}, in_place=False)
+        self.affine: AffineHead | None = analyse(program, feature, self._head_nodes) if head else None
         # Of what enters the head beside the features, weights rearranged by the trunk can be computed again without an
         # image, and the rest is the batch size: `analyse` lets nothing else enter an affine head.
-        self._sizes = self._crossing & program.descendants(program.input)
-        rearranged = program.ancestors(self._crossing - self._sizes)
+        rearranged = program.ancestors(crossing - self.sizes) if not self.bypass else set()
         self._probe = Schedule(program, head | rearranged, outputs, in_place=False)
+        self._crossing = crossing
+        self._packed = packed
+        self._walk: tuple[int, Walk] | None = None
 
-    def forward(
-        self,
-        images: torch.Tensor,
-        leaves: dict[int, Any],
-        *,
-        gradients: bool,
-        by_index: bool = True,
-        closed_form: bool = True,
-        compiled: bool = False,
-    ) -> Forward:
-        """Run trunk and head.
+    def walk(self) -> Walk:
+        """The way back through the head; UnsupportedOpError where a step has no Rescale rule."""
+        rules = known()
+        if self._walk is None or self._walk[0] != rules:
+            made = Walk(self.program, self.feature, self._head_nodes, self.sizes, self._packed)
+            self._walk = (rules, made)
+        return self._walk[1]
 
-        images       (B, C, *spatial)
-        leaves       `Weights.values()`
-        gradients    whether `Forward.gradients` will be asked for
-        by_index     whether the targets will be class indices rather than a callable
-        closed_form  False takes gradients by autograd where the closed form would do (for tests)
-        compiled     run trunk and head through `torch.compile`
-        """
-        values = dict(leaves)
-        values[self.program.input] = images
-        with neutral_modes():
-            self._trunk.run(values, compiled)
-            features = values[self.feature]
-            affine = self._usable_affine(features, leaves, by_index) if gradients and closed_form else None
-            if not gradients or affine is not None:
-                self._head.run(values, compiled)
-                output = self.program.result(values)
-                if affine is None:
-                    return Forward(self.layer, features, output)
-                closed = functools.partial(self._closed_gradients, affine, output, features, leaves)
-                return Forward(self.layer, features, output, closed_form=closed, uniform=affine.uniform)
-            with torch.enable_grad():
-                leaf = features.detach().requires_grad_()
-                values[self.feature] = leaf
-                self._head_graph.run(values, compiled)
-                output = self.program.result(values)
-        return Forward(self.layer, features, detached(output), leaf=leaf, graph_output=output)
+    def entering(self, values: Mapping[int, Any]) -> dict[int, Any]:
+        """What enters the head beside the features and weights, out of the trunk's values."""
+        return {index: values[index] for index in self._crossing | self.bypass if index in values}
 
-    def _usable_affine(self, features: torch.Tensor, leaves: dict[int, Any], by_index: bool) -> AffineHead | None:
-        if self.affine is None or features.shape[0] == 0 or not (by_index or self.affine.pooled):
-            return None
-        return self.affine if self.affine.holds(self._run_probe, leaves, features) else None
-
-    def _closed_gradients(
-        self, affine: AffineHead, output: Any, features: torch.Tensor, leaves: dict[int, Any], targets: Targets
-    ) -> torch.Tensor:
-        if targets.indices is not None:
-            return affine.gradients(targets.indices, self._run_probe, leaves, features)
-        with torch.enable_grad():
-            free = output.detach().requires_grad_()
-            score = scores_of(free, targets, None, features.shape[0], self.layer).sum()
-        (slopes,) = torch.autograd.grad(score, free)
-        return affine.from_scores(slopes, leaves, features)
-
-    def _run_probe(self, probe: torch.Tensor, leaves: dict[int, Any]) -> torch.Tensor:
-        """The head's output on made-up features, whose batch size replaces the real one."""
+    def run_probe(self, probe: Tensor, leaves: dict[int, Any]) -> Tensor:
+        """The output of a head without bypass on made-up features, whose batch size replaces the real one."""
         values = dict(leaves)
         values[self.feature] = probe
-        for index in self._sizes:
+        for index in self.sizes:
             values[index] = len(probe)
         self._probe.run(values)
         return self.program.result(values)

@@ -52,12 +52,20 @@ class Weights:
 
     def values(self) -> dict[int, torch.Tensor]:
         """Node index -> tensor, detached, for every leaf the output needs."""
-        live = {index: owner[name].detach() for index, owner, name in self._slots}
-        live.update(self._constants)
+        live = self._live()
         if self._dtype is None and not self._channels_last and not self._folded:
             return live
         keys = self._freshness.keys(live)
         return {index: self._convert(index, live, keys) for index in self._needed}
+
+    def version(self) -> Hashable:
+        """Equal to what it was exactly when every leaf is (`fastcam.program.freshness`)."""
+        return tuple(self._freshness.keys(self._live()).values())
+
+    def _live(self) -> dict[int, torch.Tensor]:
+        live = {index: owner[name].detach() for index, owner, name in self._slots}
+        live.update(self._constants)
+        return live
 
     def _convert(self, index: int, live: dict[int, torch.Tensor], keys: dict[int, Hashable]) -> torch.Tensor:
         folded = self._folded.get(index)
@@ -117,8 +125,11 @@ class Schedule:
         self._kept = sorted(made & keep)
         self._compiled: Callable[..., Any] | None = None
 
-    def run(self, values: dict[int, Any], compiled: bool = False) -> None:
-        """Compute the nodes into `values`, which holds their inputs; values no longer needed are removed from it."""
+    def run(self, values: dict[int, Any], compiled: bool = False, shapes: dict[int, torch.Size] | None = None) -> None:
+        """Compute the nodes into `values`, which holds their inputs; values no longer needed are removed from it.
+
+        shapes  filled with the shape of every tensor computed, where given (not with `compiled`)
+        """
         if compiled and self._steps:
             if self._compiled is None:
                 self._compiled = torch.compile(self._as_module())
@@ -133,6 +144,8 @@ class Schedule:
                 )
             except Exception as error:
                 raise _located(error, node) from error
+            if shapes is not None and isinstance(values[index], torch.Tensor):
+                shapes[index] = values[index].shape
             for value in dead:
                 del values[value]
 

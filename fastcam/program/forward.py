@@ -1,72 +1,154 @@
-"""One pass through a cut network: features, output, and gradients of scores with respect to the features."""
+"""One pass through a network at a layer, and what can be asked about it afterwards."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from .targets import Targets, scores_of
 
-__all__ = ["Forward", "detached"]
+__all__ = ["Forward", "Needs", "Reference", "Session", "detached"]
+
+#: What a method will ask a pass for: nothing but features and scores, gradients, or DeepLIFT multipliers.
+Needs = Literal["features", "gradients", "multipliers"]
 
 
-class Forward:
-    """What a cut leaves behind after a forward pass.
+class Session(ABC):
+    """A network at a layer, ready to run with the weights it has at this moment; made for one call.
+
+    layer    the layer's name
+    uniform  whether the head is affine and its gradients are the same at every position
+    """
+
+    layer: str
+    uniform = False
+
+    @abstractmethod
+    def forward(self, images: Tensor, needs: Needs, by_index: bool) -> Forward:
+        """Run the network on `images` (B, C, *spatial), ready for what `needs` says.
+
+        by_index  whether the targets will be class indices rather than a callable
+        """
+
+    @abstractmethod
+    def features(self, images: Tensor) -> Tensor:
+        """The layer's features of other images; what follows the layer does not run."""
+
+    @abstractmethod
+    def output(self, images: Tensor) -> Any:
+        """The model's output for other images."""
+
+    def shared_reference(self, key: Hashable, make: Callable[[], Reference]) -> Reference:
+        """`make()`, or what it gave for the same key and the same weights."""
+        return make()
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A reference the features are compared with.
+
+    features  (B, K, *spatial), or (1, K, *spatial) for all images
+    output    the model's output for them, of the same batch size
+    recorded  the pass through the head as the walk back reads it, or None where the head is affine
+    """
+
+    features: Tensor
+    output: Any
+    recorded: Any = None
+
+
+class Forward(ABC):
+    """What a pass leaves behind.
 
     features   (B, K, *spatial), or what the layer gives, detached
     output     the model's output, detached
     layer      the layer's name
-    uniform    whether the head is affine and its gradients are the same at every position
+    linear     whether the head is affine and its gradients closed form
+    uniform    whether they are the same at every position, too
     """
 
-    def __init__(
-        self,
-        layer: str,
-        features: torch.Tensor,
-        output: Any,
-        leaf: torch.Tensor | None = None,
-        graph_output: Any = None,
-        closed_form: Callable[[Targets], torch.Tensor] | None = None,
-        uniform: bool = False,
-    ):
-        self.layer = layer
+    def __init__(self, session: Session, features: Tensor, output: Any, linear: bool = False, uniform: bool = False):
+        self.session = session
+        self.layer = session.layer
         self.features = features
         self.output = output
+        self.linear = linear
         self.uniform = uniform
-        self._leaf = leaf
-        self._graph_output = graph_output
-        self._closed_form = closed_form
 
-    def gradients(self, targets: Targets) -> torch.Tensor:
+    @abstractmethod
+    def gradients(self, targets: Targets) -> Tensor:
         """d score / d features: (B, K, *spatial), or (B, T, K, *spatial) for T targets an image.
 
         Closed form where the head is affine, else one backward pass through the head for each target column.
 
         Raises RuntimeError where the score does not depend on the layer.
         """
-        if self._closed_form is not None:
-            return self._closed_form(targets)
-        if self._leaf is None:
-            raise RuntimeError(f"layer '{self.layer}' was passed without recording gradients")
-        batch = self.features.shape[0]
-        columns: list[int | None] = [None]
-        if targets.indices is not None and targets.indices.ndim == 2:
-            columns = list(range(targets.indices.shape[1]))
+
+    @abstractmethod
+    def reference(self, features: Tensor) -> Reference:
+        """Features (1 or B, K, *spatial) as a reference, run through the head."""
+
+    @abstractmethod
+    def multipliers(self, targets: Targets, reference: Reference) -> Tensor:
+        """DeepLIFT multipliers of the scores between `reference` and this pass, shaped as `gradients`."""
+
+    @abstractmethod
+    def head(self, features: Tensor, rows: Tensor) -> Any:
+        """The output with other features (n, K, *spatial) in the place of those of images `rows` (n,)."""
+
+
+class Graph:
+    """A recorded head: gradients of scores with respect to its leaf."""
+
+    def __init__(self, leaf: Tensor, output: Any, layer: str):
+        self._leaf: Tensor | None = leaf
+        self._output = output
+        self._layer = layer
+
+    def gradients(self, targets: Targets) -> Tensor:
+        """One backward pass for each target column; the graph is freed by the last."""
+        leaf = self._leaf
+        if leaf is None:
+            raise RuntimeError("the gradients of this pass have been taken already")
         found = []
+        columns = columns_of(targets)
         for number, column in enumerate(columns):
             with torch.enable_grad():
-                score = scores_of(self._graph_output, targets, column, batch, self.layer).sum()
+                score = scores_of(self._output, targets, column, leaf.shape[0], self._layer).sum()
             if not score.requires_grad:
-                raise RuntimeError(f"the score does not depend on layer '{self.layer}'")
+                raise RuntimeError(f"the score does not depend on layer '{self._layer}'")
             keep = number + 1 < len(columns)
-            (gradient,) = torch.autograd.grad(score, self._leaf, retain_graph=keep, allow_unused=True)
+            (gradient,) = torch.autograd.grad(score, leaf, retain_graph=keep, allow_unused=True)
             if gradient is None:
-                raise RuntimeError(f"the score does not depend on layer '{self.layer}'")
+                raise RuntimeError(f"the score does not depend on layer '{self._layer}'")
             found.append(gradient)
-        self._graph_output = self._leaf = None
+        self._output = self._leaf = None
         return torch.stack(found, dim=1) if targets.several else found[0]
+
+
+def columns_of(targets: Targets) -> list[int | None]:
+    """Columns of two-dimensional targets; [None] for one target an image."""
+    if targets.indices is not None and targets.indices.ndim == 2:
+        return list(range(targets.indices.shape[1]))
+    return [None]
+
+
+def score_slopes(
+    output: Any, targets: Targets, column: int | None, batch: int, layer: str, create: Callable[[Tensor], Tensor]
+) -> Any:
+    """d score / d output, in the output's structure, at `create`'s copies of its tensors."""
+    leaves, spec = torch.utils._pytree.tree_flatten(output)
+    with torch.enable_grad():
+        free = [create(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        score = scores_of(torch.utils._pytree.tree_unflatten(free, spec), targets, column, batch, layer).sum()
+    wanted = [leaf for leaf in free if isinstance(leaf, Tensor) and leaf.requires_grad]
+    found = iter(torch.autograd.grad(score, wanted, allow_unused=True))
+    return [next(found) if isinstance(leaf, Tensor) and leaf.requires_grad else None for leaf in free]
 
 
 def detached(value: Any) -> Any:

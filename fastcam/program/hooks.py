@@ -9,66 +9,126 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .forward import Forward, detached
+from .forward import Forward, Graph, Needs, Reference, Session, detached
 from .layers import layer_names, several_outputs
 from .state import evaluating, exclusive, keeping_buffers, neutral_modes
+from .targets import Targets
 
-__all__ = ["HookCut", "hook_cut"]
+__all__ = ["HookSession", "hook_session"]
 
 
-def hook_cut(model: nn.Module, layer: str | nn.Module | None, images: torch.Tensor) -> HookCut:
-    """The module to hook for `layer`; None finds the last spatial feature map by one forward pass on one image.
+def hook_session(model: nn.Module, layer: str | nn.Module | None, images: Tensor, reason: str) -> HookSession:
+    """The model at `layer`, through a hook; None finds the last spatial feature map by a forward pass on one image.
+
+    reason  why the network is not captured, for errors
 
     Raises ValueError or TypeError as `layers.layer_names` does, and ValueError where no module has a feature map.
     """
     name = _last_spatial_module(model, images) if layer is None else layer_names(model, layer)[0]
-    return HookCut(model, name, dict(model.named_modules(remove_duplicate=False))[name])
+    return HookSession(model, name, dict(model.named_modules(remove_duplicate=False))[name], reason)
 
 
-class HookCut:
-    """A model cut at a module's output by a forward hook that lives for one call."""
+class HookSession(Session):
+    """A model at a module's output, by a forward hook that lives for one pass. What follows the layer cannot run alone:
+    a pass on other features is a whole pass."""
 
-    affine = None
-
-    def __init__(self, model: nn.Module, layer: str, module: nn.Module):
+    def __init__(self, model: nn.Module, layer: str, module: nn.Module, reason: str):
         self.model = model
         self.layer = layer
-        self.module = module
+        self.reason = reason
+        self._module = module
 
-    def forward(self, images: torch.Tensor, *, gradients: bool) -> Forward:
-        """Run the model in evaluation mode; from the layer's last run on with a graph when `gradients` is set.
+    def forward(self, images: Tensor, needs: Needs = "features", by_index: bool = True) -> HookForward:
+        """Run the model in evaluation mode; from the layer's last run on with a graph when gradients are wanted.
 
-        Raises TypeError where the layer's output is not one tensor, RuntimeError where the layer does not run.
+        Raises TypeError where the layer's output is not one tensor, RuntimeError where the layer does not run, or where
+        multipliers are wanted.
         """
-        taps: list[torch.Tensor] = []
+        if needs == "multipliers":
+            raise RuntimeError(f"DeepLIFT multipliers need a captured network, but {self.reason}")
+        taps: list[Tensor] = []
 
-        def tap(module: nn.Module, args: Any, result: Any) -> torch.Tensor:
-            if not isinstance(result, torch.Tensor):
-                raise several_outputs(self.layer, type(result).__name__)
-            taps.append(result.detach())
-            if gradients:
+        def tap(features: Tensor) -> Tensor:
+            taps.append(features.detach())
+            if needs == "gradients":
                 torch.set_grad_enabled(True)  # undone by the surrounding no_grad
-                taps[-1] = result.detach().requires_grad_()
+                taps[-1] = features.detach().requires_grad_()
             # A copy goes on, so that code after the layer may write into it.
             return taps[-1].clone()
 
-        with exclusive, neutral_modes(), evaluating(self.model), keeping_buffers(self.model):
-            handle = self.module.register_forward_hook(tap)
-            try:
-                output = self.model(images.clone())
-            finally:
-                handle.remove()
+        output = self._run(images, tap)
         if not taps:
             raise RuntimeError(f"layer '{self.layer}' does not run in the forward pass of {type(self.model).__name__}")
-        features = taps[-1]
-        if not gradients:
-            return Forward(self.layer, features, detached(output))
-        return Forward(self.layer, features.detach(), detached(output), leaf=features, graph_output=output)
+        graph = Graph(taps[-1], output, self.layer) if needs == "gradients" else None
+        return HookForward(self, images, taps[-1].detach(), detached(output), graph, runs=len(taps))
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.forward(images).features
+
+    def output(self, images: Tensor) -> Any:
+        return self._run(images, None)
+
+    def _run(self, images: Tensor, replace: Callable[[Tensor], Tensor] | None) -> Any:
+        """One pass in evaluation mode, the layer's output replaced at each of its runs."""
+
+        def hook(module: nn.Module, args: Any, result: Any) -> Tensor:
+            if not isinstance(result, Tensor):
+                raise several_outputs(self.layer, type(result).__name__)
+            assert replace is not None
+            return replace(result)
+
+        with (
+            exclusive,
+            neutral_modes(),
+            evaluating(self.model),
+            keeping_buffers(self.model),
+            contextlib.ExitStack() as hooks,
+        ):
+            if replace is not None:
+                hooks.callback(self._module.register_forward_hook(hook).remove)
+            return self.model(images.clone())
+
+
+class HookForward(Forward):
+    """`Forward` of a model that is run as it is."""
+
+    session: HookSession
+
+    def __init__(
+        self, session: HookSession, images: Tensor, features: Tensor, output: Any, graph: Graph | None, runs: int
+    ):
+        super().__init__(session, features, output)
+        self._images = images
+        self._graph = graph
+        self._runs = runs
+
+    def gradients(self, targets: Targets) -> Tensor:
+        if self._graph is None:
+            raise RuntimeError(f"layer '{self.layer}' was passed without recording gradients")
+        return self._graph.gradients(targets)
+
+    def reference(self, features: Tensor) -> Reference:
+        raise RuntimeError(f"DeepLIFT multipliers need a captured network, but {self.session.reason}")
+
+    def multipliers(self, targets: Targets, reference: Reference) -> Tensor:
+        raise RuntimeError(f"DeepLIFT multipliers need a captured network, but {self.session.reason}")
+
+    def head(self, features: Tensor, rows: Tensor) -> Any:
+        """By a whole pass on the images of `rows`; of a layer that runs several times the last output is replaced."""
+        run = 0
+
+        def replace(result: Tensor) -> Tensor:
+            nonlocal run
+            run += 1
+            return features.to(result.dtype).clone() if run == self._runs else result
+
+        return detached(self.session._run(self._images.index_select(0, rows), replace))
 
 
 def _last_spatial_module(model: nn.Module, images: torch.Tensor) -> str:

@@ -62,8 +62,10 @@ def resolve_targets(targets: TargetSpec, output: Any, batch: int) -> Targets:
     return Targets(indices, None, valid)
 
 
-def scores_of(output: Any, targets: Targets, column: int | None, batch: int, layer: str) -> torch.Tensor:
-    """(B,) scores to differentiate: column `column` of two-dimensional indices, or the callable's result."""
+def scores_of(
+    output: Any, targets: Targets, column: int | None, batch: int, layer: str, differentiable: bool = True
+) -> torch.Tensor:
+    """(B,) scores: column `column` of two-dimensional indices, or the callable's result, maybe to be differentiated."""
     if targets.indices is not None:
         chosen = targets.indices if column is None else targets.indices[:, column]
         return output.gather(1, chosen.unsqueeze(1)).squeeze(1)
@@ -72,7 +74,7 @@ def scores_of(output: Any, targets: Targets, column: int | None, batch: int, lay
     if not isinstance(score, torch.Tensor) or tuple(score.shape) != (batch,):
         given = f"shape {tuple(score.shape)}" if isinstance(score, torch.Tensor) else type(score).__name__
         raise ValueError(f"a callable target must return one score an image, shape ({batch},); it returned {given}")
-    if not score.requires_grad:
+    if differentiable and not score.requires_grad:
         raise RuntimeError(
             f"the score does not depend on layer '{layer}': the callable target cut the graph, e.g. by detach()"
         )

@@ -1,0 +1,43 @@
+"""LIFT-CAM."""
+
+from __future__ import annotations
+
+from fastcam import ops
+
+from ._maps import planar
+from ._method import CamOptions, Evidence, Method, Passage
+
+__all__ = ["METHOD", "lift_cam"]
+
+
+def lift_cam(passage: Passage, options: CamOptions) -> Evidence:
+    """Channels weighted by their DeepLIFT contribution to the score: from "this map is zero" to "as observed".
+
+    alpha_k = sum_ij m_k[i,j] A_k[i,j];    M = relu(sum_k alpha_k A_k)
+
+    with m the Rescale multipliers of the score y between features 0 and A. The coefficients are signed, plain sums that
+    add up to the score, sum_k alpha_k = y(A) - y(0), and estimate the SHAP values of the game "which maps are present";
+    on heads that are linear in the features they are the SHAP values. `Attribution.delta` is what the sum lacks by
+    rounding. The score explained is the logit, never a probability.
+
+    Shapes: A and m (B, K, *spatial), alpha (B, K), M (B, *spatial); T targets add an axis after B.
+    Errors: UnsupportedOpError naming the step of the head that has no Rescale rule, and how to give it one.
+    Cost: the forward pass; closed form where the head is affine. Else one zero feature map goes through the head, and
+    one walk back through it follows for each target.
+    Source: Jung and Oh, Towards Better Explanations of Class Activation Mapping, ICCV 2021, arXiv 2102.05228, sec. 3.3;
+    multipliers: Shrikumar et al., arXiv 1704.02685, the Rescale rule.
+    """
+    reference = passage.reference()
+    multipliers, _ = passage.difference(reference)
+    features = planar(passage.features, passage.spatial_rank)
+    weights = ops.channel_weights(features, planar(multipliers, passage.spatial_rank), mode="sum")
+    return Evidence(weights=weights, delta=passage.residual(weights.sum(-1), reference))
+
+
+METHOD = Method(
+    "lift_cam",
+    "channels weighted by their DeepLIFT contribution, an estimate of their SHAP value",
+    "arXiv 2102.05228, sec. 3.3",
+    lift_cam,
+    needs="multipliers",
+)

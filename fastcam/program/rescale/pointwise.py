@@ -1,0 +1,82 @@
+"""Activations and products."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..nodes import Ref, op_name
+from .step import Cotangents, Step
+
+__all__ = ["elementwise", "leaky_relu", "matrix_product", "product", "quotient", "rectifier"]
+
+#: |u - u'| up to which a smooth function's slope is its derivative at the midpoint, wrong by (u - u')^2 f''' / 24, not
+#: a quotient of differences that cancel.
+_NEAR = {torch.float64: 1e-6, torch.float32: 1e-3}
+_NEAR_HALF = 3e-2
+_SMOOTH_NAMES = """
+gelu silu sigmoid tanh softplus mish logsigmoid exp expm1 log log1p sqrt rsqrt reciprocal pow square sin cos atan erf
+"""
+_SMOOTH = frozenset(_SMOOTH_NAMES.split())
+
+
+def elementwise(step: Step, given: Tensor) -> Cotangents:
+    """g (f(u) - f(u')) / (u - u'), and the derivative at the midpoint where u and u' are (nearly) equal."""
+    (u, u_ref), (v, v_ref) = step.operand(), step.result()
+    difference = u - u_ref
+    bound = _NEAR.get(u.dtype, _NEAR_HALF) if op_name(step.node.target) in _SMOOTH else 0.0
+    near = difference.abs() <= bound
+    with torch.enable_grad():
+        # Away from there the derivative is not used, only kept from being NaN.
+        middle = torch.where(near, (u + u_ref) / 2, u).requires_grad_()
+        (slope,) = torch.autograd.grad(step.run(middle).sum(), middle)
+    return {step.source(): given * torch.where(near, slope, (v - v_ref) / torch.where(near, 1, difference))}
+
+
+class ops:  # TEMPORARY until the op lands
+    @staticmethod
+    def rescale_multipliers(g: Tensor, u: Tensor, v: Tensor, a: float = 0.0) -> Tensor:
+        def f(x: Tensor) -> Tensor:
+            return torch.where(x > 0, x, a * x)
+
+        same = ((u > 0) & (v > 0)) | ((u <= 0) & (v <= 0))
+        return g * torch.where(same, torch.where(u > 0, 1.0, a), (f(u) - f(v)) / torch.where(same, 1, u - v))
+
+
+def rectifier(step: Step, given: Tensor) -> Cotangents:
+    """ReLU, by the fused op."""
+    return {step.source(): ops.rescale_multipliers(given, *step.operand())}
+
+
+def leaky_relu(step: Step, given: Tensor) -> Cotangents:
+    """Leaky ReLU, by the fused op."""
+    return {step.source(): ops.rescale_multipliers(given, *step.operand(), step.constant(1, 0.01))}
+
+
+def product(step: Step, given: Tensor) -> Cotangents:
+    """Of two activations: a b - a' b' = (a - a') (b + b')/2 + (b - b') (a + a')/2."""
+    (a, a_ref), (b, b_ref) = step.operand(0), step.operand(1)
+    return _joined(step, given * (b + b_ref) / 2, given * (a + a_ref) / 2)
+
+
+def quotient(step: Step, given: Tensor) -> Cotangents:
+    """a / b as the product of a and 1/b, whose slope is -1 / (b b')."""
+    (a, a_ref), (b, b_ref) = step.operand(0), step.operand(1)
+    return _joined(step, given * (1 / b + 1 / b_ref) / 2, -given * (a + a_ref) / 2 / (b * b_ref))
+
+
+def matrix_product(step: Step, given: Tensor) -> Cotangents:
+    """As `product`, for matrices (..., m, k) and (..., k, n)."""
+    (a, a_ref), (b, b_ref) = step.operand(0), step.operand(1)
+    return _joined(step, given @ ((b + b_ref) / 2).mT, ((a + a_ref) / 2).mT @ given)
+
+
+def _joined(step: Step, first: Tensor, second: Tensor) -> Cotangents:
+    """The parts of the first two arguments, each summed to its shape; added where both are one value."""
+    found: Cotangents = {}
+    for argument, part in zip(step.node.args[:2], (first, second), strict=True):
+        if isinstance(argument, Ref) and argument.index in step.active:
+            part = part.sum_to_size(step.shapes[argument.index])
+            earlier = found.get(argument.index)
+            found[argument.index] = part if earlier is None else earlier + part
+    return found

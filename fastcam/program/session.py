@@ -1,0 +1,226 @@
+"""Running a captured network cut at a layer."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .affine import AffineHead
+from .cut import Cut
+from .execute import Weights
+from .forward import Forward, Graph, Needs, Reference, Session, columns_of, detached, score_slopes
+from .multipliers import Recorded, one_for_all
+from .nodes import Ref
+from .state import neutral_modes
+from .targets import Targets
+
+__all__ = ["Bound", "CapturedSession"]
+
+#: Reference passes kept for one explainer and layer.
+_REFERENCES = 4
+
+
+class Bound:
+    """A cut bound to a model and a precision, with what is kept between calls: converted weights, reference passes."""
+
+    def __init__(
+        self,
+        made: Cut,
+        model: nn.Module,
+        own: torch.dtype,
+        precision: torch.dtype | None = None,
+        channels_last: bool = False,
+        compiled: bool = False,
+    ):
+        self.cut = made
+        self.dtype = precision or own
+        self.channels_last = channels_last
+        self.compiled = compiled
+        self.weights = Weights(made.program, model, precision, channels_last)
+        self.references: OrderedDict[Hashable, Reference] = OrderedDict()
+
+    def session(self) -> CapturedSession:
+        """The network with the weights of this moment."""
+        return CapturedSession(self)
+
+
+class CapturedSession(Session):
+    """`Session` of a captured network."""
+
+    def __init__(self, bound: Bound):
+        self.layer = bound.cut.layer
+        self.bound = bound
+        self.cut = bound.cut
+        self.leaves = bound.weights.values()
+
+    def forward(
+        self, images: Tensor, needs: Needs = "features", by_index: bool = True, closed_form: bool = True
+    ) -> CapturedForward:
+        """As `Session.forward`; `closed_form` False takes the long way where the closed form would do (for tests)."""
+        values = self._trunk(images)
+        with neutral_modes():
+            features = values[self.cut.feature]
+            entering = self.cut.entering(values)
+            affine = self._affine(features, by_index) if needs != "features" and closed_form else None
+            if needs == "multipliers" and affine is None:
+                recorded = self.cut.walk().record(features, self.leaves | entering, len(images))
+                return CapturedForward(self, features, recorded.output, entering, recorded=recorded)
+            if needs == "features" or affine is not None:
+                output = self._run_head(values)
+                return CapturedForward(self, features, output, entering, affine=affine)
+            with torch.enable_grad():
+                leaf = features.detach().requires_grad_()
+                values[self.cut.feature] = leaf
+                self.cut.head_graph.run(values, self.bound.compiled)
+                output = self.cut.program.result(values)
+        return CapturedForward(self, features, detached(output), entering, graph=Graph(leaf, output, self.layer))
+
+    def features(self, images: Tensor) -> Tensor:
+        return self._trunk(images)[self.cut.feature]
+
+    def output(self, images: Tensor) -> Any:
+        return self._run_head(self._trunk(images))
+
+    def shared_reference(self, key: Hashable, make: Callable[[], Reference]) -> Reference:
+        """`make()`, or what it gave for the same key and the same weights; the latest few are kept."""
+        if self.cut.bypass:  # then it depends on the images too
+            return make()
+        kept = self.bound.references
+        key = (key, self.bound.weights.version())
+        if key not in kept:
+            kept[key] = make()
+            while len(kept) > _REFERENCES:
+                kept.popitem(last=False)
+        return kept[key]
+
+    def _trunk(self, images: Tensor) -> dict[int, Any]:
+        values = dict(self.leaves)
+        four = self.bound.channels_last and images.ndim == 4
+        layout = torch.channels_last if four else torch.preserve_format
+        values[self.cut.program.input] = images.to(dtype=self.bound.dtype, memory_format=layout)
+        with neutral_modes():
+            self.cut.trunk.run(values, self.bound.compiled)
+        return values
+
+    def _run_head(self, values: dict[int, Any]) -> Any:
+        with neutral_modes():
+            self.cut.head.run(values, self.bound.compiled)
+            return self.cut.program.result(values)
+
+    def _affine(self, features: Tensor, by_index: bool) -> AffineHead | None:
+        affine = self.cut.affine
+        if affine is None or features.shape[0] == 0 or not (by_index or affine.pooled):
+            return None
+        return affine if affine.holds(self.cut.run_probe, self.leaves, features) else None
+
+
+class CapturedForward(Forward):
+    """`Forward` of a captured network: its head is closed form, a graph, recorded, or none of them."""
+
+    session: CapturedSession
+
+    def __init__(
+        self,
+        session: CapturedSession,
+        features: Tensor,
+        output: Any,
+        entering: dict[int, Any],
+        affine: AffineHead | None = None,
+        graph: Graph | None = None,
+        recorded: Recorded | None = None,
+    ):
+        uniform = affine is not None and affine.uniform
+        super().__init__(session, features, output, linear=affine is not None, uniform=uniform)
+        self._entering = entering
+        self._affine = affine
+        self._graph = graph
+        self._recorded = recorded
+
+    def gradients(self, targets: Targets) -> Tensor:
+        if self._affine is not None:
+            return self._closed_form(self._affine, targets)
+        if self._graph is None:
+            raise RuntimeError(f"layer '{self.layer}' was passed without recording gradients")
+        return self._graph.gradients(targets)
+
+    def _closed_form(self, affine: AffineHead, targets: Targets) -> Tensor:
+        cut, leaves = self.session.cut, self.session.leaves
+        if targets.indices is not None:
+            return affine.gradients(targets.indices, cut.run_probe, leaves, self.features)
+        (slopes,) = score_slopes(self.output, targets, None, len(self.features), self.layer, _leaf)
+        return affine.from_scores(slopes, leaves, self.features)
+
+    def reference(self, features: Tensor) -> Reference:
+        if self.session.cut.bypass and len(features) != len(self.features):
+            features = features.expand(self.features.shape)
+        rows = len(features)
+        features = features.to(self.features.dtype)
+        if self._recorded is None:
+            index = torch.arange(rows, device=features.device)
+            return Reference(features, self.head(features, index))
+        found = self._record(features, rows)
+        if not one_for_all(self._recorded, found):
+            found = self._record(features.expand(self.features.shape), len(self.features))
+        return Reference(features, found.output, found)
+
+    def _record(self, features: Tensor, rows: int) -> Recorded:
+        with neutral_modes():
+            return self.session.cut.walk().record(features, self.session.leaves | self._entering, rows)
+
+    def multipliers(self, targets: Targets, reference: Reference) -> Tensor:
+        if self._affine is not None:
+            return self._closed_form(self._affine, targets)
+        if self._recorded is None or reference.recorded is None:
+            raise RuntimeError(f"layer '{self.layer}' was passed without recording values for multipliers")
+        walk = self.session.cut.walk()
+        found = []
+        with neutral_modes():
+            for column in columns_of(targets):
+                seeds = self._seeds(targets, column, reference)
+                found.append(walk.multipliers(self._recorded, reference.recorded, seeds))
+        return torch.stack(found, dim=1) if targets.several else found[0]
+
+    def _seeds(self, targets: Targets, column: int | None, reference: Reference) -> dict[int, Tensor]:
+        """Multipliers at the outputs: slopes of the score, which must be the same in both passes."""
+        batch = len(self.features)
+        if targets.indices is not None:
+            (leaf,) = self.session.cut.program.outputs
+            chosen = targets.indices if column is None else targets.indices[:, column]
+            return {leaf.index: torch.zeros_like(self.output).scatter_(1, chosen.unsqueeze(1), 1)}
+        here = score_slopes(self.output, targets, column, batch, self.layer, _leaf)
+        there = score_slopes(reference.output, targets, column, batch, self.layer, lambda t: _leaf(_rows(t, batch)))
+        seeds: dict[int, Tensor] = {}
+        for leaf, slope, other in zip(self.session.cut.program.outputs, here, there, strict=True):
+            if slope is None:
+                continue
+            if not torch.allclose(slope, other):
+                raise ValueError(
+                    "DeepLIFT multipliers need a target that is linear in the model's output, such as a class or a "
+                    "difference of classes; this callable's slope changes between image and reference. Put what is not "
+                    "linear into the model: it is then part of the network"
+                )
+            if isinstance(leaf, Ref):
+                seeds[leaf.index] = slope
+        return seeds
+
+    def head(self, features: Tensor, rows: Tensor) -> Any:
+        values: dict[int, Any] = self.session.leaves | {
+            index: value.index_select(0, rows) if index in self.session.cut.bypass else value
+            for index, value in self._entering.items()
+        }
+        for index in self.session.cut.sizes:
+            values[index] = len(features)
+        values[self.session.cut.feature] = features.to(self.features.dtype)
+        return self.session._run_head(values)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_() if tensor.is_floating_point() else tensor
+
+
+def _rows(tensor: Tensor, batch: int) -> Tensor:
+    return tensor.expand(batch, *tensor.shape[1:]) if len(tensor) == 1 else tensor
