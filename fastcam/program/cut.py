@@ -36,7 +36,8 @@ class Cut:
     head     everything from the feature map to the output
     affine   the head's closed form, or None
     sizes    values that enter the head beside the features and are the batch size
-    bypass   values that enter the head beside the features and follow from the images: connections around the layer
+    bypass   values that enter the head, or are outputs, beside the features and follow from the images: connections
+             around the layer
     """
 
     def __init__(self, program: Program, feature: int, layer: str, packed: bool = False):
@@ -56,7 +57,8 @@ class Cut:
         reads_images = any(program.input in node.refs() for node in self._head_nodes) and feature != program.input
         images = program.descendants(program.input)
         self.sizes = frozenset(ref for ref in crossing & images if op_name(program.nodes[ref].target) == "sym_size")
-        self.bypass = (crossing & images - self.sizes) | ({program.input} if reads_images else set())
+        early = frozenset(ref for ref in outputs - head - {feature} if program.nodes[ref].kind not in LEAVES)
+        self.bypass = ((crossing | early) & images - self.sizes) | ({program.input} if reads_images else set())
         survive = crossing | {feature} | (outputs - head)
         self.trunk = Schedule(program, needed - head, survive, in_place=True, packed=packed)
         self.head = Schedule(program, head, outputs | {feature}, in_place=True, packed=packed)
@@ -66,7 +68,7 @@ class Cut:
         # image, and the rest is the batch size: `analyse` lets nothing else enter an affine head.
         rearranged = program.ancestors(crossing - self.sizes) if not self.bypass else set()
         self._probe = Schedule(program, head | rearranged, outputs, in_place=False)
-        self._crossing = crossing
+        self._crossing = crossing | early
         self._packed = packed
         self._walk: tuple[int, Walk] | None = None
 
