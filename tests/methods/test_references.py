@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import fastcam
 from fastcam._testing import models
@@ -186,7 +187,8 @@ class Tokens(models._Tokens):
     def forward(self, x):
         x = self.patches(x).flatten(2).mT
         x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], dim=1)
-        return self.fc(self.mix(self.features(x))[:, 0])
+        x = functional.gelu(self.features(x).transpose(0, 1)).transpose(0, 1)
+        return self.fc(self.mix(x)[:, 0])
 
 
 @pytest.mark.parametrize("batches", [(1, 3), (3, 1, 2), (2, 2)])
