@@ -209,6 +209,29 @@ def test_a_kept_reference_serves_other_batch_sizes(batches):
             torch.testing.assert_close(found, fresh, rtol=0, atol=1e-13)
 
 
+def test_other_batches_go_through_a_head_that_reads_sizes_of_the_trunk():
+    """Two attention layers share the number of images times heads, which the first computes."""
+    net, x = models.seeded(Tokens).double(), images()
+
+    def transform(t):
+        return t[:, 1:].mT.unflatten(2, (3, 3))
+
+    options = {"layer": "features", "reshape_transform": transform, "targets": 1}
+    found = fastcam.attribute(net, x, "a_fmi", variant="swap", **options)
+    tokens = {}
+    for name, pictures in (("image", x), ("reference", reference_images("black", x, Pixels(), 0))):
+        net.features.register_forward_hook(lambda m, a, out, name=name: tokens.__setitem__(name, out.detach()))
+        net(pictures)
+        net.features._forward_hooks.clear()
+    for k in range(12):
+        changed = tokens["image"].clone()
+        changed[:, 1:, k] = tokens["reference"][:, 1:, k]
+        handle = net.features.register_forward_hook(lambda m, a, out, changed=changed: changed)
+        drop = found.scores[:, 1] - net(x)[:, 1].detach()
+        handle.remove()
+        torch.testing.assert_close(found.weights[:, k], drop, rtol=0, atol=1e-12)
+
+
 def test_a_reference_kept_by_index_serves_callables_and_back():
     """The closed form keeps no pass through the head; a callable on a head of two linear layers needs one."""
     torch.manual_seed(0)
