@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -192,3 +193,21 @@ def test_a_score_that_does_not_depend_on_the_layer():
     x = draw(2, *MAP, dtype=torch.float32)
     with pytest.raises(RuntimeError, match="does not depend on"):
         fastcam.attribute(Aside().eval(), x, "lift_cam", layer="b", targets=lambda output: output[0][:, 0])
+
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "rescale-rules.md"
+
+
+@pytest.mark.skipif(not PAGE.is_file(), reason="not in a checkout")
+def test_the_examples_of_the_page_work():
+    """Its operator is refused before and complete after each of the two rules."""
+    first, second = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    names: dict = {}
+    exec(first, names)
+    by_text = complete(strange(names["swoosh"]), MAP)
+    exec(second, names)
+    by_rule = complete(strange(names["swoosh"]), MAP)
+    torch.testing.assert_close(by_rule, by_text, rtol=0, atol=1e-9 * float(by_text.abs().max()))
+    rescale._registered.clear()
+    with pytest.raises(fastcam.UnsupportedOpError, match="mylib::swoosh"):
+        complete(strange(names["swoosh"]), MAP)
