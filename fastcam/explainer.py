@@ -223,7 +223,10 @@ class Explainer:
             if asked
         ]
         if unmet:
-            raise RuntimeError(f"{' and '.join(unmet)} needs a captured network, but {reason}")
+            raise RuntimeError(
+                f"{' and '.join(unmet)} needs a captured network, but {reason}; "
+                "methods by gradients at a layer, like 'grad_cam', do without"
+            )
         if _first_time(self.model, reason):
             log.warning("%s is explained through a forward hook: %s", type(self.model).__name__, reason)
         return hook_session(self.model, self.layer, images, reason)

@@ -36,7 +36,7 @@ class Cut:
     head     everything from the feature map to the output
     affine   the head's closed form, or None
     sizes    values that enter the head beside the features and are the batch size
-    bypass   values that enter the head beside the features and follow from the images: connections around the layer
+    bypass   values beside the features that follow from the images and enter the head, or are outputs
     """
 
     def __init__(self, program: Program, feature: int, layer: str, packed: bool = False):
@@ -56,7 +56,8 @@ class Cut:
         reads_images = any(program.input in node.refs() for node in self._head_nodes) and feature != program.input
         images = program.descendants(program.input)
         self.sizes = frozenset(ref for ref in crossing & images if op_name(program.nodes[ref].target) == "sym_size")
-        self.bypass = (crossing & images - self.sizes) | ({program.input} if reads_images else set())
+        aside = outputs - head - {feature}  # outputs that do not follow from the features
+        self.bypass = ((crossing | aside) & images - self.sizes) | ({program.input} if reads_images else set())
         survive = crossing | {feature} | (outputs - head)
         self.trunk = Schedule(program, needed - head, survive, in_place=True, packed=packed)
         self.head = Schedule(program, head, outputs | {feature}, in_place=True, packed=packed)
@@ -66,7 +67,7 @@ class Cut:
         # image, and the rest is the batch size: `analyse` lets nothing else enter an affine head.
         rearranged = program.ancestors(crossing - self.sizes) if not self.bypass else set()
         self._probe = Schedule(program, head | rearranged, outputs, in_place=False)
-        self._crossing = crossing
+        self._entering = crossing | aside | self.bypass
         self._packed = packed
         self._walk: tuple[int, Walk] | None = None
 
@@ -80,7 +81,7 @@ class Cut:
 
     def entering(self, values: Mapping[int, Any]) -> dict[int, Any]:
         """What enters the head beside the features and weights, out of the trunk's values."""
-        return {index: values[index] for index in self._crossing | self.bypass if index in values}
+        return {index: values[index] for index in self._entering if index in values}
 
     def run_probe(self, probe: Tensor, leaves: dict[int, Any]) -> Tensor:
         """The output of a head without bypass on made-up features, whose batch size replaces the real one."""

@@ -223,4 +223,4 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 
 def _rows(tensor: Tensor, batch: int) -> Tensor:
-    return tensor.expand(batch, *tensor.shape[1:]) if len(tensor) == 1 else tensor
+    return tensor.expand(batch, *tensor.shape[1:]) if tensor.ndim and len(tensor) == 1 else tensor
