@@ -152,18 +152,16 @@ def measure(name: str, options: Any) -> list[dict[str, Any]]:
             ours = fastcam.Explainer(model, "a_fmi", layer=LAYERS[name])(images, targets).extra["contributions"]
             match[label] = harness.agree(found.sum((2, 3)), ours, 1e-3 * float(ours.abs().max()))
         calls[label] = call
-    rows = []
-    for part, rounds in ((calls.keys() - slow.keys(), options.rounds), (slow.keys() & calls.keys(), 3)):
+    rows: dict[str, dict[str, Any]] = {}
+    for part, rounds in ((calls.keys() - slow.keys(), options.rounds), (calls.keys() & slow.keys(), 3)):
         chosen = {label: call for label, call in calls.items() if label in part or label == "forward"}
-        if len(chosen) < 2:
-            continue
         times = harness.alternate(chosen, rounds, warmup=1)
-        for label in chosen:
-            if label != "forward" or part != slow.keys():
-                ratio = harness.ratio(times, label, "forward")
-                correct, error = match[label]
-                rows.append(harness.row(f"{name} {label}", times[label], correct, times_forward=ratio, max_err=error))
-    return rows
+        for label, seconds in times.items():
+            correct, error = match[label]
+            ratio = harness.ratio(times, label, "forward")
+            found = harness.row(f"{name} {label}", seconds, correct, times_forward=ratio, max_err=error)
+            rows.setdefault(label, found)
+    return list(rows.values())
 
 
 def peak_mib(name: str, what: str) -> float:
