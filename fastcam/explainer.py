@@ -186,7 +186,8 @@ class Explainer:
             valid=valid,
             layer=passed.layer,
             method=self.method.name,
-            options=dataclasses.asdict(options) | certainty,
+            # Not `asdict`: it copies, and what a callable is bound to may not be copyable.
+            options={field.name: getattr(options, field.name) for field in dataclasses.fields(options)} | certainty,
             extra=evidence.extra,
         )
 

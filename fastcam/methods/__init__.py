@@ -6,7 +6,19 @@ import dataclasses
 import difflib
 from typing import Any
 
-from . import a_fmi, cam, deep_lift, eigen_cam, grad_cam, grad_cam_pp, hires_cam, layer_cam, lift_cam, xgrad_cam
+from . import (
+    a_fmi,
+    cam,
+    deep_lift,
+    eigen_cam,
+    grad_cam,
+    grad_cam_pp,
+    hires_cam,
+    layer_cam,
+    lift_cam,
+    shap_cam,
+    xgrad_cam,
+)
 from ._method import CamOptions, Evidence, Method, Passage
 
 __all__ = ["CamOptions", "Evidence", "Method", "Passage", "get", "methods"]
@@ -24,6 +36,7 @@ _METHODS: dict[str, Method] = {
         layer_cam.METHOD,
         eigen_cam.EIGEN_CAM,
         eigen_cam.EIGEN_GRAD_CAM,
+        shap_cam.METHOD,
         deep_lift.METHOD,
     )
 }

@@ -220,7 +220,8 @@ class Method:
     summary    one line
     source     paper and equation
     evidence   the formula
-    needs      what the formula reads beside features and scores: "features" (nothing), "gradients", "multipliers"
+    needs      what the formula reads beside features and scores: "features" (nothing), "closed" (gradients where the
+               head is affine, else nothing), "gradients", "multipliers"
     options    the dataclass of its options, defaults included
     pixels     whether layer=None means the input pixels rather than the last feature map
     signed     whether normalised maps are divided by their largest magnitude, to [-1, 1], rather than min-max scaled

@@ -14,8 +14,9 @@ from .targets import Targets, scores_of
 
 __all__ = ["Forward", "Needs", "Reference", "Session", "detached"]
 
-#: What a method will ask a pass for: nothing but features and scores, gradients, or DeepLIFT multipliers.
-Needs = Literal["features", "gradients", "multipliers"]
+#: What a method will ask a pass for: nothing but features and scores, the closed form where the head is affine and
+#: else nothing more, gradients, or DeepLIFT multipliers.
+Needs = Literal["features", "closed", "gradients", "multipliers"]
 
 
 class Session(ABC):

@@ -69,7 +69,7 @@ class CapturedSession(Session):
             if needs == "multipliers" and affine is None:
                 recorded = self.cut.walk().record(features, self.leaves | entering, len(images))
                 return CapturedForward(self, features, recorded.output, entering, recorded=recorded)
-            if needs == "features" or affine is not None:
+            if needs in ("features", "closed") or affine is not None:
                 output = self._run_head(values)
                 return CapturedForward(self, features, output, entering, affine=affine)
             with torch.enable_grad():
