@@ -6,7 +6,19 @@ import dataclasses
 import difflib
 from typing import Any
 
-from . import a_fmi, cam, deep_lift, eigen_cam, grad_cam, grad_cam_pp, hires_cam, layer_cam, lift_cam, xgrad_cam
+from . import (
+    a_fmi,
+    cam,
+    deep_lift,
+    eigen_cam,
+    grad_cam,
+    grad_cam_pp,
+    hires_cam,
+    layer_cam,
+    lift_cam,
+    smooth_grad_cam_pp,
+    xgrad_cam,
+)
 from ._method import CamOptions, Evidence, Method, Passage
 
 __all__ = ["CamOptions", "Evidence", "Method", "Passage", "get", "methods"]
@@ -19,6 +31,7 @@ _METHODS: dict[str, Method] = {
         cam.METHOD,
         grad_cam.METHOD,
         grad_cam_pp.METHOD,
+        smooth_grad_cam_pp.METHOD,
         xgrad_cam.METHOD,
         hires_cam.METHOD,
         layer_cam.METHOD,

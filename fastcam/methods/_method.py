@@ -160,6 +160,10 @@ class Passage:
         features = passed.features if self._reshape is None else self._reshape(passed.features)
         return Passage(passed, images, features, self.targets, options, self.pixels)
 
+    def release(self) -> None:
+        """Give up what was recorded for gradients, for methods that will take them from other passes."""
+        self._forward.release()
+
     def output_with(self, features: Tensor, rows: Tensor) -> Any:
         """The output with other features (n, K, *spatial) in the place of those of images `rows` (n,)."""
         return self._forward.head(features if self._reshape is None else self._restored(features, rows), rows)

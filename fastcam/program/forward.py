@@ -72,6 +72,8 @@ class Forward(ABC):
     uniform    whether they are the same at every position, too
     """
 
+    _graph: Graph | None = None
+
     def __init__(self, session: Session, features: Tensor, output: Any, linear: bool = False, uniform: bool = False):
         self.session = session
         self.layer = session.layer
@@ -88,6 +90,10 @@ class Forward(ABC):
 
         Raises RuntimeError where the score does not depend on the layer.
         """
+
+    def release(self) -> None:
+        """Forget what was recorded for gradients; they can no longer be asked for."""
+        self._graph = None
 
     @abstractmethod
     def reference(self, features: Tensor) -> Reference:
