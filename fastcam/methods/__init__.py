@@ -11,6 +11,7 @@ from . import (
     cam,
     deep_lift,
     eigen_cam,
+    full_grad,
     grad_cam,
     grad_cam_pp,
     hires_cam,
@@ -37,6 +38,7 @@ _METHODS: dict[str, Method] = {
         layer_cam.METHOD,
         eigen_cam.EIGEN_CAM,
         eigen_cam.EIGEN_GRAD_CAM,
+        full_grad.METHOD,
         deep_lift.METHOD,
     )
 }
