@@ -206,8 +206,10 @@ class Explainer:
         except (CaptureError, LayerNotInProgram) as reason:
             return self._hooked(images, str(reason))
         dtype = None if self.precision is None else _PRECISIONS[self.precision]
-        # A run that converts the weights may as well fold the batch norms; the plain one gives the model's own bits.
-        made = cut(program, feature, name, folded=dtype is not None or self.channels_last)
+        # A run that converts the weights may as well fold the batch norms, unless their biases are asked for; the plain
+        # one gives the model's own bits.
+        folded = (dtype is not None or self.channels_last) and self.method.needs != "biases"
+        made = cut(program, feature, name, folded=folded)
         if made not in self._bound:
             self._bound[made] = Bound(made, self.model, own, dtype, self.channels_last, self.compile)
         return self._bound[made].session()

@@ -11,12 +11,14 @@ from . import (
     cam,
     deep_lift,
     eigen_cam,
+    full_grad,
     grad_cam,
     grad_cam_pp,
     hires_cam,
     layer_cam,
     lift_cam,
     shap_cam,
+    smooth_grad_cam_pp,
     xgrad_cam,
 )
 from ._method import CamOptions, Evidence, Method, Passage
@@ -31,12 +33,14 @@ _METHODS: dict[str, Method] = {
         cam.METHOD,
         grad_cam.METHOD,
         grad_cam_pp.METHOD,
+        smooth_grad_cam_pp.METHOD,
         xgrad_cam.METHOD,
         hires_cam.METHOD,
         layer_cam.METHOD,
         eigen_cam.EIGEN_CAM,
         eigen_cam.EIGEN_GRAD_CAM,
         shap_cam.METHOD,
+        full_grad.METHOD,
         deep_lift.METHOD,
     )
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -129,6 +129,20 @@ class Passage:
         """d score / d features, (B, K, *spatial) or (B, T, K, *spatial); stride 0 over positions on closed heads."""
         return self._reshaped(self._forward.gradients(self.targets))
 
+    @property
+    def columns(self) -> int:
+        """Targets an image."""
+        indices = self.targets.indices
+        return indices.shape[1] if indices is not None and indices.ndim == 2 else 1
+
+    def full_gradients(self, visits: Sequence[Callable[[Tensor, bool], None]]) -> Tensor:
+        """`gradients`, and on the way every bias x gradient, told to the visitor of its target column.
+
+        visits  for each target of an image: called with a product, and whether it is a feature map (B, K, *spatial) or
+                something else (B, n)
+        """
+        return self._reshaped(self._forward.full_gradients(self.targets, visits))
+
     def reference(self, features: Tensor | None = None) -> Reference:
         """A reference of features as the layer gives them, (1 or B, ...); None: zeros, one for all images."""
         if features is None:
@@ -159,6 +173,10 @@ class Passage:
         passed = self._forward.session.forward(images, "gradients", self.targets.indices is not None)
         features = passed.features if self._reshape is None else self._reshape(passed.features)
         return Passage(passed, images, features, self.targets, options, self.pixels)
+
+    def release(self) -> None:
+        """Give up what was recorded for gradients, for methods that will take them from other passes."""
+        self._forward.release()
 
     def output_with(self, features: Tensor, rows: Tensor) -> Any:
         """The output with other features (n, K, *spatial) in the place of those of images `rows` (n,)."""
@@ -221,7 +239,7 @@ class Method:
     source     paper and equation
     evidence   the formula
     needs      what the formula reads beside features and scores: "features" (nothing), "closed" (gradients where the
-               head is affine, else nothing), "gradients", "multipliers"
+               head is affine, else nothing), "gradients", "biases" (gradients, of all biases too), "multipliers"
     options    the dataclass of its options, defaults included
     pixels     whether layer=None means the input pixels rather than the last feature map
     signed     whether normalised maps are divided by their largest magnitude, to [-1, 1], rather than min-max scaled

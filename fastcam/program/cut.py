@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from .affine import AffineHead, analyse
+from .biases import Biases
 from .capture import Program
 from .execute import Schedule
 from .fold import fold_norms
@@ -70,6 +71,7 @@ class Cut:
         self._entering = crossing | aside | self.bypass
         self._packed = packed
         self._walk: tuple[int, Walk] | None = None
+        self._biases: Biases | None = None
 
     def walk(self) -> Walk:
         """The way back through the head; UnsupportedOpError where a step has no Rescale rule."""
@@ -78,6 +80,12 @@ class Cut:
             made = Walk(self.program, self.feature, self._head_nodes, self.sizes, self._packed)
             self._walk = (rules, made)
         return self._walk[1]
+
+    def biases(self) -> Biases:
+        """What the head adds on the way to the outputs."""
+        if self._biases is None:
+            self._biases = Biases(self.program, self.feature, self._head_nodes)
+        return self._biases
 
     def entering(self, values: Mapping[int, Any]) -> dict[int, Any]:
         """What enters the head beside the features and weights, out of the trunk's values."""

@@ -125,10 +125,17 @@ class Schedule:
         self._kept = sorted(made & keep)
         self._compiled: Callable[..., Any] | None = None
 
-    def run(self, values: dict[int, Any], compiled: bool = False, shapes: dict[int, torch.Size] | None = None) -> None:
+    def run(
+        self,
+        values: dict[int, Any],
+        compiled: bool = False,
+        shapes: dict[int, torch.Size] | None = None,
+        watch: Callable[[int], None] | None = None,
+    ) -> None:
         """Compute the nodes into `values`, which holds their inputs; values no longer needed are removed from it.
 
         shapes  filled with the shape of every tensor computed, where given (not with `compiled`)
+        watch   called with the index of every value computed, while all that its step read is there (likewise)
         """
         if compiled and self._steps:
             if self._compiled is None:
@@ -146,6 +153,8 @@ class Schedule:
                 raise _located(error, node) from error
             if shapes is not None and isinstance(values[index], torch.Tensor):
                 shapes[index] = values[index].shape
+            if watch is not None:
+                watch(index)
             for value in dead:
                 del values[value]
 

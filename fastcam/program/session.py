@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .affine import AffineHead
+from .biases import BiasedGraph, Visit
 from .cut import Cut
 from .execute import Weights
 from .forward import Forward, Graph, Needs, Reference, Session, columns_of, detached, score_slopes
@@ -65,13 +66,17 @@ class CapturedSession(Session):
         with neutral_modes():
             features = values[self.cut.feature]
             entering = self.cut.entering(values)
-            affine = self._affine(features, by_index) if needs != "features" and closed_form else None
+            closed_form = closed_form and needs in ("gradients", "multipliers")
+            affine = self._affine(features, by_index) if closed_form else None
             if needs == "multipliers" and affine is None:
                 recorded = self.cut.walk().record(features, self.leaves | entering, len(images))
                 return CapturedForward(self, features, recorded.output, entering, recorded=recorded)
             if needs in ("features", "closed") or affine is not None:
                 output = self._run_head(values)
                 return CapturedForward(self, features, output, entering, affine=affine)
+            if needs == "biases":
+                output, biased = self.cut.biases().run(values, self.layer)
+                return CapturedForward(self, features, detached(output), entering, graph=biased)
             with torch.enable_grad():
                 leaf = features.detach().requires_grad_()
                 values[self.cut.feature] = leaf
@@ -146,6 +151,11 @@ class CapturedForward(Forward):
         if self._graph is None:
             raise RuntimeError(f"layer '{self.layer}' was passed without recording gradients")
         return self._graph.gradients(targets)
+
+    def full_gradients(self, targets: Targets, visits: Sequence[Visit]) -> Tensor:
+        if not isinstance(self._graph, BiasedGraph):
+            return super().full_gradients(targets, visits)
+        return self._graph.full_gradients(targets, visits)
 
     def _closed_form(self, affine: AffineHead, targets: Targets) -> Tensor:
         cut, leaves = self.session.cut, self.session.leaves
