@@ -17,11 +17,14 @@ from torch import Tensor
 
 from .capture import Program
 from .execute import Schedule
-from .nodes import LEAVES, Node
-from .rescale import AFFINE, Rule, Step, rule_for
+from .nodes import LEAVES, Node, op_name
+from .rescale import AFFINE, Rule, Step, registered, rule_for, unsupported
 from .transpose import Cotangent
 
 __all__ = ["Recorded", "Walk", "one_for_all"]
+
+_NAMES = "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty"
+_READS_SIZE_ALONE = frozenset(_NAMES.split())
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Recorded:
     """One pass through a head, as much of it as the rules read.
 
     values  by index: what was kept, the weights, the sizes
-    shapes  shapes of all tensors computed
+    shapes  shapes of the tensors that change with the features
     batch   images
     output  the model's output
     """
@@ -51,17 +54,26 @@ class Walk:
         self._feature = feature
         self._sizes = sizes
         outputs = program.output_indices
-        following = {feature} | {node.index for node in head}
+        made = {node.index for node in head}
         self._steps: list[tuple[Node, frozenset[int], Rule]] = []
         keep = {feature} | {node.index for node in head if node.kind == "size"}
+        # Values that change with the features, not only with their size.
+        self._varies = {feature}
         for node in head:
-            active = frozenset(ref for ref in node.refs() if ref in following and _differentiable(program.nodes[ref]))
-            if not active or not _differentiable(node):
+            varying = self._varies.intersection(node.refs())
+            if not varying or node.kind == "size" or op_name(node.target) in _READS_SIZE_ALONE:
                 continue
+            self._varies.add(node.index)
+            active = frozenset(ref for ref in varying if _differentiable(program.nodes[ref]))
+            if not _differentiable(node):
+                continue
+            if active != varying and not registered(node):
+                (choice, *_) = (program.nodes[ref] for ref in varying - active)
+                raise unsupported(node, f"it depends on {choice.name}, a choice that the features make")
             rule = rule_for(node, active)
-            keep |= rule.keeps(node, active)
+            keep |= rule.keeps(node, active) | made.intersection(node.refs()) - active
             self._steps.append((node, active, rule))
-        self._schedule = Schedule(program, following - {feature}, frozenset(keep) | outputs, True, packed)
+        self._schedule = Schedule(program, made, frozenset(keep) | outputs, True, packed)
 
     def record(self, features: Tensor, given: Mapping[int, Any], batch: int) -> Recorded:
         """Run the head on `features`; `given` holds the weights and what else enters the head."""
@@ -71,6 +83,7 @@ class Walk:
             values[index] = batch
         shapes = {self._feature: features.shape}
         self._schedule.run(values, shapes=shapes)
+        shapes = {index: shape for index, shape in shapes.items() if index in self._varies}
         return Recorded(values, shapes, batch, self._program.result(values))
 
     def multipliers(self, target: Recorded, reference: Recorded, seeds: Mapping[int, Tensor]) -> Tensor:
@@ -88,6 +101,8 @@ class Walk:
             step = Step(node, active, target.values, reference.values, target.shapes)
             try:
                 parts = rule.apply(step, given)
+            except NotImplementedError as error:
+                raise unsupported(node, str(error)) from error
             except Exception as error:
                 raise RuntimeError(f"{type(error).__name__}: {error}\nin the DeepLIFT rule of {node}") from error
             for ref, part in parts.items():
@@ -103,7 +118,7 @@ def one_for_all(target: Recorded, reference: Recorded) -> bool:
 
     It does not where the network merges the batch with something else, as windows or patches do.
     """
-    if reference.batch != 1 or target.batch == 1:
+    if reference.batch == target.batch:
         return True
     return all(
         reference.shapes[index][:1] == (1,) and shape[1:] == reference.shapes[index][1:] and shape[0] == target.batch

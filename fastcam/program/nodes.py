@@ -25,7 +25,7 @@ _KINDS = {
     "norm": "batch_norm layer_norm group_norm instance_norm rms_norm _native_batch_norm_legit_no_training "
     "native_layer_norm native_group_norm",
     "activation": "relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish sigmoid hardsigmoid hardswish tanh "
-    "softplus softsign logsigmoid prelu rrelu threshold clamp clamp_min clamp_max",
+    "softplus softsign log_sigmoid prelu rrelu threshold clamp clamp_min clamp_max",
     "pool": "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
     "adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d "
     "max_pool2d_with_indices max_pool3d_with_indices fractional_max_pool2d lp_pool2d "
@@ -35,7 +35,7 @@ _KINDS = {
     "mul": "mul div",
     "cat": "cat stack concat",
     "softmax": "softmax log_softmax _softmax _log_softmax",
-    "reshape": "view reshape flatten unflatten _unsafe_view squeeze unsqueeze permute transpose t expand expand_as "
+    "reshape": "view reshape flatten unflatten _unsafe_view squeeze unsqueeze permute transpose t mT expand expand_as "
     "view_as movedim swapaxes contiguous clone alias detach slice select narrow split split_with_sizes chunk unbind "
     "tensor_split to _to_copy roll flip pixel_shuffle pixel_unshuffle channel_shuffle type_as getitem repeat tile",
     "pad": "pad constant_pad_nd reflection_pad2d replication_pad2d",

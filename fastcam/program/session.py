@@ -16,6 +16,7 @@ from .execute import Weights
 from .forward import Forward, Graph, Needs, Reference, Session, columns_of, detached, score_slopes
 from .multipliers import Recorded, one_for_all
 from .nodes import Ref
+from .rescale import known
 from .state import neutral_modes
 from .targets import Targets
 
@@ -91,11 +92,11 @@ class CapturedSession(Session):
         return self._run_head(self._trunk(images))
 
     def shared_reference(self, key: Hashable, make: Callable[[], Reference]) -> Reference:
-        """`make()`, or what it gave for the same key and the same weights; the latest few are kept."""
+        """`make()`, or what it gave for the same key, weights and rules; the latest few are kept."""
         if self.cut.bypass:  # then it depends on the images too
             return make()
         kept = self.bound.references
-        key = (key, self.bound.weights.version())
+        key = (key, known(), self.bound.weights.version())
         if key not in kept:
             kept[key] = make()
             while len(kept) > _REFERENCES:
@@ -173,8 +174,6 @@ class CapturedForward(Forward):
             index = torch.arange(rows, device=features.device)
             return Reference(features, self.head(features, index))
         found = self._record(features, rows)
-        if not one_for_all(self._recorded, found):
-            found = self._record(features.expand(self.features.shape), len(self.features))
         return Reference(features, found.output, found)
 
     def _record(self, features: Tensor, rows: int) -> Recorded:
@@ -183,15 +182,21 @@ class CapturedForward(Forward):
 
     def multipliers(self, targets: Targets, reference: Reference) -> Tensor:
         if self._affine is not None:
+            if targets.indices is None:
+                self._seeds(targets, None, reference)  # a head that is affine does not make the callable so
             return self._closed_form(self._affine, targets)
-        if self._recorded is None or reference.recorded is None:
+        if self._recorded is None:
             raise RuntimeError(f"layer '{self.layer}' was passed without recording values for multipliers")
         walk = self.session.cut.walk()
+        recorded = reference.recorded
+        # A kept reference may stem from a call that took the closed form, and one image may not do for this batch.
+        if recorded is None or not one_for_all(self._recorded, recorded):
+            recorded = self._record(reference.features.expand(self.features.shape), len(self.features))
         found = []
         with neutral_modes():
             for column in columns_of(targets):
                 seeds = self._seeds(targets, column, reference)
-                found.append(walk.multipliers(self._recorded, reference.recorded, seeds))
+                found.append(walk.multipliers(self._recorded, recorded, seeds))
         return torch.stack(found, dim=1) if targets.several else found[0]
 
     def _seeds(self, targets: Targets, column: int | None, reference: Reference) -> dict[int, Tensor]:

@@ -16,7 +16,8 @@ from ..transpose import transpose
 from . import maxima, normalisers, pointwise
 from .step import Cotangents, Rule, Step
 
-__all__ = ["AFFINE", "Rule", "Step", "UnsupportedOpError", "known", "register_rescale_rule", "rule_for"]
+__all__ = ["AFFINE", "Rule", "Step", "UnsupportedOpError", "known", "register_rescale_rule", "registered", "rule_for"]
+__all__ += ["unsupported"]
 
 
 class UnsupportedOpError(RuntimeError):
@@ -45,7 +46,7 @@ _AFFINE = frozenset(_AFFINE_NAMES.split())
 #: Operators affine in one activation while everything else they read is none.
 _AFFINE_IN_ONE_KINDS = frozenset({"conv", "linear", "matmul", "mul"})
 _FUNCTION_NAMES = """
-exp expm1 log log1p log2 log10 sqrt rsqrt reciprocal pow square abs sign sin cos atan erf maximum minimum
+exp expm1 log log1p log2 log10 sqrt rsqrt reciprocal pow square abs sign sin cos atan erf
 """
 _ELEMENTWISE = (ACTIVATIONS - {"relu", "leaky_relu"}) | frozenset(_FUNCTION_NAMES.split())
 _RULES = {
@@ -63,8 +64,16 @@ _RULES = {
     "scaled_dot_product_attention": Rule(normalisers.attention),
     "amax": Rule(maxima.maximum),
     "max": Rule(maxima.maximum),
+    "amin": Rule(maxima.minimum),
+    "min": Rule(maxima.minimum),
     **{f"max_pool{n}d{suffix}": Rule(maxima.max_pool) for n in (1, 2, 3) for suffix in ("", "_with_indices")},
     **{f"adaptive_max_pool{n}d": Rule(maxima.max_pool) for n in (1, 2, 3)},
+}
+_OF_TWO = {
+    "maximum": Rule(pointwise.maximum),
+    "max": Rule(pointwise.maximum),
+    "minimum": Rule(pointwise.minimum),
+    "min": Rule(pointwise.minimum),
 }
 _JOINT = {
     "mul": PRODUCT,
@@ -116,6 +125,10 @@ def rule_for(node: Node, active: frozenset[int]) -> Rule:
     if node.kind in _AFFINE_KINDS or name in _AFFINE:
         return AFFINE
     reads = [ref for ref in node.refs() if ref in active]
+    if name in _OF_TWO and len(node.args) > 1 and isinstance(node.args[1], Ref):
+        return _OF_TWO[name]
+    if name in ("clamp", "clamp_min") and tuple(node.args[1:]) == (0,):
+        return _RULES["relu"]
     if name in _RULES:
         return _RULES[name]
     if name == "_native_batch_norm_legit_no_training" or (name == "batch_norm" and node.args[5] is False):
@@ -129,11 +142,22 @@ def rule_for(node: Node, active: frozenset[int]) -> Rule:
             return AFFINE
         if name in _JOINT and not node.kwargs:
             return _JOINT[name]
-    raise UnsupportedOpError(
-        f"no DeepLIFT rule for {operator} at {node}; if it is a function of one tensor, teach it with "
-        f'fastcam.register_rescale_rule("{operator}", "elementwise"); one linear in what it reads is "affine", '
+    raise unsupported(node)
+
+
+def unsupported(node: Node, what: str = "") -> UnsupportedOpError:
+    """The error for a step without a rule; `what` says more about it."""
+    operator = _full_name(node)
+    return UnsupportedOpError(
+        f"no DeepLIFT rule for {operator}{what and f' ({what})'} at {node}; if it is a function of one tensor, teach "
+        f'it with fastcam.register_rescale_rule("{operator}", "elementwise"); one linear in what it reads is "affine", '
         "any other rule is a callable (docs/rescale-rules.md)"
     )
+
+
+def registered(node: Node) -> bool:
+    """Whether the user gave a rule for the node's operator."""
+    return _full_name(node) in _registered
 
 
 def _full_name(node: Node) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..nodes import map_refs, op_name
 from .step import Cotangents, Step
 
-__all__ = ["max_pool", "maximum"]
+__all__ = ["max_pool", "maximum", "minimum"]
 
 
 def max_pool(step: Step, given: Tensor) -> Cotangents:
@@ -34,7 +34,16 @@ def max_pool(step: Step, given: Tensor) -> Cotangents:
 
 def maximum(step: Step, given: Tensor) -> Cotangents:
     """`amax` and `max` over dimensions: one window each."""
+    return _over_dims(step, given, *step.operand())
+
+
+def minimum(step: Step, given: Tensor) -> Cotangents:
+    """`amin` and `min` over dimensions: min u = -max(-u), whose two signs cancel in the multipliers."""
     u, u_ref = step.operand()
+    return _over_dims(step, given, -u, -u_ref)
+
+
+def _over_dims(step: Step, given: Tensor, u: Tensor, u_ref: Tensor) -> Cotangents:
     dims = step.constant(1, ())
     dims = [d % u.ndim for d in ([dims] if isinstance(dims, int) else dims)] or list(range(u.ndim))
     order = [d for d in range(u.ndim) if d not in dims] + dims

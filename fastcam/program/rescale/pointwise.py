@@ -8,23 +8,30 @@ from torch import Tensor
 from ..nodes import Ref, op_name
 from .step import Cotangents, Step
 
-__all__ = ["elementwise", "leaky_relu", "matrix_product", "product", "quotient", "rectifier"]
+__all__ = ["elementwise", "leaky_relu", "matrix_product", "maximum", "minimum", "product", "quotient", "rectifier"]
 
 #: |u - u'| up to which a smooth function's slope is its derivative at the midpoint, wrong by (u - u')^2 f''' / 24, not
 #: a quotient of differences that cancel.
 _NEAR = {torch.float64: 1e-6, torch.float32: 1e-3}
 _NEAR_HALF = 3e-2
 _SMOOTH_NAMES = """
-gelu silu sigmoid tanh softplus mish logsigmoid exp expm1 log log1p sqrt rsqrt reciprocal pow square sin cos atan erf
+gelu silu sigmoid tanh softplus mish log_sigmoid exp expm1 log log1p sqrt rsqrt reciprocal pow square sin cos atan erf
 """
 _SMOOTH = frozenset(_SMOOTH_NAMES.split())
+#: Those that bend ever more towards 0: there "near" is relative to |u| and |u'|.
+_BENDS_AT_ZERO = frozenset({"log", "sqrt", "rsqrt", "reciprocal", "pow"})
 
 
 def elementwise(step: Step, given: Tensor) -> Cotangents:
     """g (f(u) - f(u')) / (u - u'), and the derivative at the midpoint where u and u' are (nearly) equal."""
     (u, u_ref), (v, v_ref) = step.operand(), step.result()
+    if v.shape != u.shape:
+        raise NotImplementedError("a function of one tensor that changes its shape")
+    name = op_name(step.node.target)
     difference = u - u_ref
-    bound = _NEAR.get(u.dtype, _NEAR_HALF) if op_name(step.node.target) in _SMOOTH else 0.0
+    bound: float | Tensor = _NEAR.get(u.dtype, _NEAR_HALF) if name in _SMOOTH else 0.0
+    if name in _BENDS_AT_ZERO:
+        bound = bound * torch.minimum(u.abs(), u_ref.abs()).clamp(max=1)
     near = difference.abs() <= bound
     with torch.enable_grad():
         # Away from there the derivative is not used, only kept from being NaN.
@@ -40,7 +47,8 @@ class ops:  # TEMPORARY until the op lands
             return torch.where(x > 0, x, a * x)
 
         same = ((u > 0) & (v > 0)) | ((u <= 0) & (v <= 0))
-        return g * torch.where(same, torch.where(u > 0, 1.0, a), (f(u) - f(v)) / torch.where(same, 1, u - v))
+        ones = torch.ones_like(u)
+        return g * torch.where(same, torch.where(u > 0, ones, a * ones), (f(u) - f(v)) / torch.where(same, 1, u - v))
 
 
 def rectifier(step: Step, given: Tensor) -> Cotangents:
@@ -63,6 +71,26 @@ def quotient(step: Step, given: Tensor) -> Cotangents:
     """a / b as the product of a and 1/b, whose slope is -1 / (b b')."""
     (a, a_ref), (b, b_ref) = step.operand(0), step.operand(1)
     return _joined(step, given * (1 / b + 1 / b_ref) / 2, -given * (a + a_ref) / 2 / (b * b_ref))
+
+
+def maximum(step: Step, given: Tensor) -> Cotangents:
+    """Of two activations: max(a, b) = b + relu(a - b), half to each where they are equal."""
+    slope = _larger(step)
+    return _joined(step, given * slope, given * (1 - slope))
+
+
+def minimum(step: Step, given: Tensor) -> Cotangents:
+    """Of two activations: min(a, b) = a + b - max(a, b)."""
+    slope = _larger(step)
+    return _joined(step, given * (1 - slope), given * slope)
+
+
+def _larger(step: Step) -> Tensor:
+    """The slope of relu(a - b), 1/2 where both passes have a = b."""
+    (a, a_ref), (b, b_ref) = step.operand(0), step.operand(1)
+    d, d_ref = a - b, a_ref - b_ref
+    equal = d == d_ref
+    return torch.where(equal, (d.sign() + 1) / 2, (d.relu() - d_ref.relu()) / torch.where(equal, 1, d - d_ref))
 
 
 def matrix_product(step: Step, given: Tensor) -> Cotangents:
