@@ -6,7 +6,20 @@ import dataclasses
 import difflib
 from typing import Any
 
-from . import a_fmi, cam, deep_lift, eigen_cam, grad_cam, grad_cam_pp, hires_cam, layer_cam, lift_cam, xgrad_cam
+from . import (
+    a_fmi,
+    ablation_cam,
+    cam,
+    deep_lift,
+    eigen_cam,
+    grad_cam,
+    grad_cam_pp,
+    hires_cam,
+    layer_cam,
+    lift_cam,
+    score_cam,
+    xgrad_cam,
+)
 from ._method import CamOptions, Evidence, Method, Passage
 
 __all__ = ["CamOptions", "Evidence", "Method", "Passage", "get", "methods"]
@@ -24,6 +37,10 @@ _METHODS: dict[str, Method] = {
         layer_cam.METHOD,
         eigen_cam.EIGEN_CAM,
         eigen_cam.EIGEN_GRAD_CAM,
+        score_cam.SCORE_CAM,
+        score_cam.SS_CAM,
+        score_cam.IS_CAM,
+        ablation_cam.METHOD,
         deep_lift.METHOD,
     )
 }

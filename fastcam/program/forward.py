@@ -14,8 +14,9 @@ from .targets import Targets, scores_of
 
 __all__ = ["Forward", "Needs", "Reference", "Session", "detached"]
 
-#: What a method will ask a pass for: nothing but features and scores, gradients, or DeepLIFT multipliers.
-Needs = Literal["features", "gradients", "multipliers"]
+#: What a method will ask a pass for: nothing but features and scores; gradients where they are closed form and nothing
+#: otherwise; gradients; or DeepLIFT multipliers.
+Needs = Literal["features", "closed_form", "gradients", "multipliers"]
 
 
 class Session(ABC):
@@ -40,8 +41,12 @@ class Session(ABC):
         """The layer's features of other images; what follows the layer does not run."""
 
     @abstractmethod
-    def output(self, images: Tensor) -> Any:
-        """The model's output for other images."""
+    def output(self, images: Tensor, folded: bool = False) -> Any:
+        """The model's output for other images.
+
+        folded  run the network as fast as it goes where only scores count: batch norms folded, weights packed where
+                that is possible. Equal to rounding
+        """
 
     def shared_reference(self, key: Hashable, make: Callable[[], Reference]) -> Reference:
         """`make()`, or what it gave for the same key and the same weights."""
