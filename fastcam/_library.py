@@ -24,6 +24,12 @@ SCHEMAS = {
     ),
     # (B,K,H,W) x (B[,T],K,H,W) -> contiguous (B[,T],K) in the accumulation dtype.
     "channel_weights": '(Tensor features, Tensor multipliers, Tensor? reference=None, str mode="mean") -> Tensor',
+    # (B,C,H,W) x (B,K,h,w) -> (count,C,H,W) in the images' dtype; channels_last where the images are channels_last and
+    # not also contiguous, else contiguous.
+    "mask_by_features": (
+        "(Tensor images, Tensor features, SymInt start=0, SymInt? count=None, *, Tensor? noise=None, float scale=1.0, "
+        'str order="resize_then_minmax") -> Tensor'
+    ),
 }
 
 # Kept at module level: a collected Library takes its ops with it.

@@ -88,8 +88,8 @@ def register(name: str, overload: Any, reference: Callable[..., Any]) -> None:
 
 
 def _python_cuda_kernel(name: str) -> Callable[..., Any]:
-    def kernel(*args: Any) -> Any:
-        return (_TABLE.get((name, "cuda", "auto")) or _resolve(name, "cuda", "auto"))(*args)
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        return (_TABLE.get((name, "cuda", "auto")) or _resolve(name, "cuda", "auto"))(*args, **kwargs)
 
     return kernel
 

@@ -6,7 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["accumulation", "dense_images", "next_power_of_2", "on_device", "tile_offset", "triton_type"]
+__all__ = [
+    "accumulation",
+    "dense_images",
+    "is_channels_last",
+    "next_power_of_2",
+    "on_device",
+    "tile_offset",
+    "triton_type",
+]
 
 # Triton reads TRITON_INTERPRET when it decorates a kernel, so the answer is fixed for the life of this process.
 INTERPRETED = triton.knobs.runtime.interpret
@@ -48,16 +56,22 @@ def triton_type(dtype: torch.dtype) -> tl.dtype:
     return _TRITON_TYPES[dtype]
 
 
-def dense_images(images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
+def is_channels_last(images: torch.Tensor) -> bool:
+    """True for channels_last images; any layout that is neither counts as NCHW."""
+    return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+
+
+def dense_images(images: torch.Tensor, channels_last: bool | None = None) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """(N,K,H,W) images and their strides (image, channel, position), in elements.
 
-    NCHW and channels_last are taken as they lie; any other layout costs one copy to NCHW. Rows and columns are one
-    index, the position i * W + j. Strides are computed from the sizes: a size-1 dimension may carry any stride.
+    NCHW and channels_last are taken as they lie, or in the order asked for; any other layout costs one copy. Rows and
+    columns are one index, the position i * W + j. Strides are computed from the sizes: a size-1 dimension may carry
+    any stride.
     """
     _, channels, height, width = images.shape
     positions = height * width
-    if not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last):
-        return images, (channels * positions, 1, channels)
+    if is_channels_last(images) if channels_last is None else channels_last:
+        return images.contiguous(memory_format=torch.channels_last), (channels * positions, 1, channels)
     return images.contiguous(), (channels * positions, positions, 1)
 
 

@@ -136,15 +136,56 @@ FASTCAM_INLINE Vector<Accumulate<S>, N> load_first(const S* p, int64_t n) {
   return load<N>(padded);
 }
 
-template <int N, typename T>
-FASTCAM_INLINE void store(T* p, Vector<T, N> v) {
+template <typename T, int N>
+FASTCAM_INLINE void store_raw(void* p, Vector<T, N> v) {
   *reinterpret_cast<typename VectorOf<T, N>::unaligned*>(p) = v;
 }
 
-template <int N, typename T>
-FASTCAM_INLINE void store_first(T* p, Vector<T, N> v, int64_t n) {
+// Bits of the nearest bfloat16, ties to even; NaNs stay NaNs, which adding to their bits would not promise.
+template <int N>
+FASTCAM_INLINE Vector<uint32_t, N> bfloat16_bits(Vector<float, N> v) {
+  const auto bits = reinterpret_cast<Vector<uint32_t, N>>(v);
+  const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return v == v ? rounded : (bits >> 16) | 0x40u;
+}
+
+// Bits of the nearest float16, ties to even.
+template <int N>
+FASTCAM_INLINE Vector<uint32_t, N> half_bits(Vector<float, N> v) {
+  const auto bits = reinterpret_cast<Vector<uint32_t, N>>(v), magnitude = bits & 0x7fffffffu;
+  // Exponent rebiased and 13 bits dropped, rounded; a carry into the exponent is right, up to infinity.
+  const auto normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  // Below 2^-14: adding 1/2 shifts the mantissa to where a subnormal's lies, and the addition rounds.
+  const auto shifted = reinterpret_cast<Vector<float, N>>(magnitude) + 0.5f;
+  const auto subnormal = reinterpret_cast<Vector<uint32_t, N>>(shifted) - 0x3f000000u;
+  auto result = magnitude < 0x38800000u ? subnormal : normal;
+  result = magnitude >= 0x47800000u ? Vector<uint32_t, N>{} + 0x7c00u : result;  // 2^16 and more
+  result = magnitude > 0x7f800000u ? Vector<uint32_t, N>{} + 0x7e00u : result;   // NaN
+  return result | ((bits >> 16) & 0x8000u);
+}
+
+// N values of the accumulation type, rounded to the storage type.
+template <int N, typename S>
+FASTCAM_INLINE void store(S* p, Vector<Accumulate<S>, N> v) {
+  if constexpr (std::is_same_v<S, float> || std::is_same_v<S, double>) {
+    store_raw<S, N>(p, v);
+  } else {
+    Vector<uint32_t, N> bits;
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      bits = bfloat16_bits<N>(v);
+    } else {
+      bits = half_bits<N>(v);
+    }
+    store_raw<uint16_t, N>(p, __builtin_convertvector(bits, Vector<uint16_t, N>));
+  }
+}
+
+template <int N, typename S>
+FASTCAM_INLINE void store_first(S* p, Vector<Accumulate<S>, N> v, int64_t n) {
   if (n >= N) return store<N>(p, v);
-  std::memcpy(p, &v, n * sizeof(T));
+  S padded[N];
+  store<N>(padded, v);
+  std::memcpy(p, padded, n * sizeof(S));
 }
 
 template <int N, typename V>

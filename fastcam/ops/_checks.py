@@ -11,18 +11,18 @@ from torch import Tensor
 from fastcam._dtypes import ACCUMULATION, accumulation_dtype
 
 
-def check_features(op: str, features: Tensor) -> None:
-    """A strided floating (B,K,H,W) tensor with K, H and W at least 1."""
-    check_tensor(op, "features", features)
+def check_features(op: str, features: Tensor, name: str = "features", shape: str = "(B,K,H,W)") -> None:
+    """A strided floating tensor of four dimensions, all but the first at least 1."""
+    check_tensor(op, name, features)
     if features.dim() != 4:
-        raise ValueError(f"{op}: features must be (B,K,H,W), got {features.dim()} dimensions: {tuple(features.shape)}")
+        raise ValueError(f"{op}: {name} must be {shape}, got {features.dim()} dimensions: {tuple(features.shape)}")
     if features.dtype not in ACCUMULATION:
         raise TypeError(
-            f"{op}: features must be float64, float32, float16 or bfloat16, got {features.dtype}; convert with .float()"
+            f"{op}: {name} must be float64, float32, float16 or bfloat16, got {features.dtype}; convert with .float()"
         )
     if 0 in features.shape[1:]:
         raise ValueError(
-            f"{op}: features need at least one channel, row and column, got (B,K,H,W) = {tuple(features.shape)}"
+            f"{op}: {name} need at least one channel, row and column, got {shape} = {tuple(features.shape)}"
         )
 
 
@@ -34,17 +34,17 @@ def check_tensor(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be a strided tensor, got layout {value.layout}; convert with .to_dense()")
 
 
-def check_companion(op: str, name: str, value: Tensor, features: Tensor, *, or_accumulation: bool) -> None:
-    """A tensor on the features' device, in their dtype or (where allowed) their accumulation dtype."""
+def check_companion(
+    op: str, name: str, value: Tensor, features: Tensor, *, or_accumulation: bool, to: str = "features"
+) -> None:
+    """A tensor on the device of the features (or of `to`), in their dtype or, where allowed, accumulation dtype."""
     check_tensor(op, name, value)
     if value.device != features.device:
-        raise ValueError(
-            f"{op}: {name} is on {value.device}, features on {features.device}; both must be on one device"
-        )
+        raise ValueError(f"{op}: {name} is on {value.device}, {to} on {features.device}; both must be on one device")
     acc = accumulation_dtype(features.dtype)
     if value.dtype != features.dtype and not (or_accumulation and value.dtype == acc):
         also = f" or {acc}" if or_accumulation and acc != features.dtype else ""
-        raise TypeError(f"{op}: {name} must be {features.dtype}{also} like the features, got {value.dtype}")
+        raise TypeError(f"{op}: {name} must be {features.dtype}{also} like the {to}, got {value.dtype}")
 
 
 def check_reference(op: str, reference: Tensor | None, features: Tensor) -> None:
@@ -79,12 +79,12 @@ def check_size(op: str, size: Sequence[int] | None) -> None:
             raise ValueError(f"{op}: size must hold two positive integers, got {tuple(size)}")
 
 
-def check_mode(op: str, mode: str, modes: Sequence[str]) -> None:
-    """One of the known modes."""
+def check_mode(op: str, mode: str, modes: Sequence[str], name: str = "mode") -> None:
+    """One of the known modes (or of another choice called `name`)."""
     if mode not in modes:
         close = difflib.get_close_matches(str(mode), modes, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{op}: unknown mode {mode!r}, expected one of {', '.join(modes)}{hint}")
+        raise ValueError(f"{op}: unknown {name} {mode!r}, expected one of {', '.join(modes)}{hint}")
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -99,6 +99,12 @@ def refuse_grad(op: str, *tensors: Tensor | None) -> None:
             f"torch.ops.fastcam.{op} is not differentiable; call fastcam.ops.{op}, detach the inputs, "
             "or call under torch.no_grad()"
         )
+
+
+def check_no_grad(op: str, *tensors: Tensor | None) -> None:
+    """For an op without a gradient, however it is called."""
+    if needs_grad(*tensors):
+        raise RuntimeError(f"fastcam.ops.{op} is not differentiable; detach the inputs, or call under torch.no_grad()")
 
 
 def spatially_constant(tensor: Tensor) -> bool:

@@ -6,3 +6,4 @@ struct __half {
 };
 
 inline float __half2float(__half x) { return float(x.value); }
+inline __half __float2half_rn(float x) { return {_Float16(x)}; }
