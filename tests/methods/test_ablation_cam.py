@@ -26,7 +26,7 @@ def explain(net, x, targets=1, layer="features", **options):
 
 
 def close(got, want, tolerance=1e-12, scale=None):
-    scale = float(want.detach().abs().max()) if scale is None else float(scale)
+    scale = float(want.detach().abs().max()) if scale is None else float(torch.as_tensor(scale).detach())
     torch.testing.assert_close(got, want, rtol=0, atol=tolerance * scale)
 
 

@@ -14,9 +14,9 @@ import fastcam
 from fastcam._testing import models
 from fastcam.program.capture import capture
 from fastcam.program.cut import Cut
-from fastcam.program.session import CapturedSession
 from fastcam.program.execute import Weights
 from fastcam.program.layers import find_layer
+from fastcam.program.session import CapturedSession
 from fastcam.program.targets import resolve_targets
 
 # Two channels, Z = 4 positions:  A1 = 1 2   A2 = 4 0   S = (10, 4), mean(A) = (5/2, 1)
