@@ -18,11 +18,10 @@ from fastcam import methods as registry
 from fastcam.methods._maps import finish
 from fastcam.methods._method import CamOptions, Passage, Pixels
 from fastcam.program.capture import CaptureError, capture
-from fastcam.program.cut import Cut, cut
 from fastcam.program.forward import Forward, Session
 from fastcam.program.hooks import hook_session
 from fastcam.program.layers import LayerNotInProgram, check_spatial, find_layer, layer_names
-from fastcam.program.session import Bound
+from fastcam.program.session import Bindings
 from fastcam.program.state import neutral_modes, unwrap
 from fastcam.program.targets import Targets, TargetSpec, resolve_targets
 
@@ -138,14 +137,8 @@ class Explainer:
         self.channels_last = channels_last
         self.compile = compile
         self.pixels = _check_pixels(mean, std)
-        self._bound: weakref.WeakKeyDictionary[Cut, Bound] = weakref.WeakKeyDictionary()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_bound": None}  # made again where it is unpickled
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._bound = weakref.WeakKeyDictionary()
+        dtype = None if precision is None else _PRECISIONS[precision]
+        self._bindings = Bindings(self.model, dtype, channels_last, compile)
 
     def __repr__(self) -> str:
         return f"Explainer({type(self.model).__name__}, {self.method.name!r}, layer={self.layer!r})"
@@ -205,14 +198,8 @@ class Explainer:
                 feature, name = find_layer(program, self.model, self.layer, images.ndim - 2, reshaped)
         except (CaptureError, LayerNotInProgram) as reason:
             return self._hooked(images, str(reason))
-        dtype = None if self.precision is None else _PRECISIONS[self.precision]
-        # A run that converts the weights may as well fold the batch norms, unless their biases are asked for; the plain
-        # one gives the model's own bits.
-        folded = (dtype is not None or self.channels_last) and self.method.needs != "biases"
-        made = cut(program, feature, name, folded=folded)
-        if made not in self._bound:
-            self._bound[made] = Bound(made, self.model, own, dtype, self.channels_last, self.compile)
-        return self._bound[made].session()
+        # Folding norms into convolutions would take away the biases a method asks for.
+        return self._bindings.session(program, feature, name, own, foldable=self.method.needs != "biases")
 
     def _hooked(self, images: torch.Tensor, reason: str) -> Session:
         unmet = [

@@ -102,7 +102,7 @@ def explain(net: nn.Module, images: Tensor, targets: Any = 1, **options: Any) ->
 
 def passage_of(net: nn.Module, images: Tensor, targets: Any = 1) -> Passage:
     explainer = fastcam.Explainer(net, "shap_cam", layer="features")
-    forward = explainer._session(images).forward(images, "closed", by_index=True)
+    forward = explainer._session(images).forward(images, "closed_form", by_index=True)
     resolved = resolve_targets(targets, forward.output, len(images))
     return Passage(forward, images, forward.features, resolved, explainer.options)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from . import (
     a_fmi,
+    ablation_cam,
     cam,
     deep_lift,
     eigen_cam,
@@ -17,6 +18,7 @@ from . import (
     hires_cam,
     layer_cam,
     lift_cam,
+    score_cam,
     shap_cam,
     smooth_grad_cam_pp,
     xgrad_cam,
@@ -39,6 +41,10 @@ _METHODS: dict[str, Method] = {
         layer_cam.METHOD,
         eigen_cam.EIGEN_CAM,
         eigen_cam.EIGEN_GRAD_CAM,
+        score_cam.SCORE_CAM,
+        score_cam.SS_CAM,
+        score_cam.IS_CAM,
+        ablation_cam.METHOD,
         shap_cam.METHOD,
         full_grad.METHOD,
         deep_lift.METHOD,

@@ -164,9 +164,9 @@ class Passage:
         features = reference.features
         return found, features if self._reshape is None else self._reshape(features)
 
-    def output_of(self, images: Tensor) -> Any:
-        """The model's output for other images."""
-        return self._forward.session.output(images)
+    def output_of(self, images: Tensor, folded: bool = False) -> Any:
+        """The model's output for other images; `folded`: by the fastest way that is equal to rounding."""
+        return self._forward.session.output(images, folded)
 
     def again(self, images: Tensor, options: MethodOptions) -> Passage:
         """Another pass, for the same targets, on images of the same shape, ready for gradients."""
@@ -238,8 +238,8 @@ class Method:
     summary    one line
     source     paper and equation
     evidence   the formula
-    needs      what the formula reads beside features and scores: "features" (nothing), "closed" (gradients where the
-               head is affine, else nothing), "gradients", "biases" (gradients, of all biases too), "multipliers"
+    needs      what the formula reads beside features and scores: "features" (nothing), "closed_form" (gradients, where
+               `Passage.linear`), "gradients", "biases" (gradients, of all biases too), "multipliers"
     options    the dataclass of its options, defaults included
     pixels     whether layer=None means the input pixels rather than the last feature map
     signed     whether normalised maps are divided by their largest magnitude, to [-1, 1], rather than min-max scaled

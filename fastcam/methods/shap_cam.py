@@ -286,6 +286,6 @@ METHOD = Method(
     "channels weighted by their SHAP value, from all coalitions of maps or a sample of orders",
     "arXiv 2102.05228, sec. 3; arXiv 1705.07874, eq. 8",
     shap_cam,
-    needs="closed",
+    needs="closed_form",
     options=ShapCamOptions,
 )

@@ -14,9 +14,9 @@ from .targets import Targets, scores_of
 
 __all__ = ["Forward", "Needs", "Reference", "Session", "detached"]
 
-#: What a method will ask a pass for: nothing but features and scores, the closed form where the head is affine and
-#: else nothing more, gradients, gradients together with those of all biases, or DeepLIFT multipliers.
-Needs = Literal["features", "closed", "gradients", "biases", "multipliers"]
+#: What a method will ask a pass for: nothing but features and scores; gradients where they are closed form and nothing
+#: otherwise; gradients; gradients together with those of all biases; or DeepLIFT multipliers.
+Needs = Literal["features", "closed_form", "gradients", "biases", "multipliers"]
 
 
 class Session(ABC):
@@ -41,8 +41,12 @@ class Session(ABC):
         """The layer's features of other images; what follows the layer does not run."""
 
     @abstractmethod
-    def output(self, images: Tensor) -> Any:
-        """The model's output for other images."""
+    def output(self, images: Tensor, folded: bool = False) -> Any:
+        """The model's output for other images.
+
+        folded  run the network as fast as it goes where only scores count: batch norms folded, weights packed where
+                that is possible. Equal to rounding
+        """
 
     def shared_reference(self, key: Hashable, make: Callable[[], Reference]) -> Reference:
         """`make()`, or what it gave for the same key and the same weights."""

@@ -1,6 +1,6 @@
 """Convolutions on the CPU with weights kept in oneDNN's own order and the ReLU applied on the way out.
 
-Plain `conv2d` brings its weight into that order at every call. Used for runs that convert the weights anyway, without
+Plain `conv2d` brings its weight into that order at every call. Used for runs with folded batch norms, without
 autograd. The operators are those torch.compile's CPU backend calls; where they are missing, or for other devices and
 dtypes, the plain convolution runs.
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from .affine import AffineHead
 from .biases import BiasedGraph, Visit
-from .cut import Cut
+from .capture import Program
+from .cut import Cut, cut
 from .execute import Weights
 from .forward import Forward, Graph, Needs, Reference, Session, columns_of, detached, score_slopes
 from .multipliers import Recorded, one_for_all
@@ -20,7 +22,7 @@ from .rescale import known
 from .state import neutral_modes
 from .targets import Targets
 
-__all__ = ["Bound", "CapturedSession"]
+__all__ = ["Bindings", "Bound", "CapturedSession"]
 
 #: Reference passes kept for one explainer and layer.
 _REFERENCES = 4
@@ -45,19 +47,64 @@ class Bound:
         self.weights = Weights(made.program, model, precision, channels_last)
         self.references: OrderedDict[Hashable, Reference] = OrderedDict()
 
-    def session(self) -> CapturedSession:
-        """The network with the weights of this moment."""
-        return CapturedSession(self)
+    def session(self, folded: Callable[[], Bound] | None = None) -> CapturedSession:
+        """The network with the weights of this moment; `folded` gives its folded twin where this one is not."""
+        return CapturedSession(self, folded)
+
+
+class Bindings:
+    """The cuts one explainer has bound to its model, kept from call to call.
+
+    model          an unwrapped module
+    precision      the dtype to run in, or None: the model's own
+    channels_last  run in channels_last layout
+    compiled       run through torch.compile
+    """
+
+    def __init__(self, model: nn.Module, precision: torch.dtype | None, channels_last: bool, compiled: bool):
+        self._model = model
+        self._precision = precision
+        self._channels_last = channels_last
+        self._compiled = compiled
+        self._kept: weakref.WeakKeyDictionary[Cut, Bound] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None}  # made again where it is unpickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._kept = weakref.WeakKeyDictionary()
+
+    def session(
+        self, program: Program, feature: int, layer: str, own: torch.dtype, foldable: bool = True
+    ) -> CapturedSession:
+        """`program` at value `feature`, with the weights of this moment; `own` is the model's dtype."""
+        # A run that converts the weights may as well fold the batch norms; the plain one gives the model's own bits.
+        converted = foldable and (self._precision is not None or self._channels_last)
+        bound = self._bound(cut(program, feature, layer, folded=converted), own)
+        if converted:
+            return bound.session()
+        return bound.session(lambda: self._bound(cut(program, feature, layer, folded=True), own))
+
+    def _bound(self, made: Cut, own: torch.dtype) -> Bound:
+        if made not in self._kept:
+            self._kept[made] = Bound(made, self._model, own, self._precision, self._channels_last, self._compiled)
+        return self._kept[made]
 
 
 class CapturedSession(Session):
-    """`Session` of a captured network."""
+    """`Session` of a captured network.
 
-    def __init__(self, bound: Bound):
+    folded  makes the binding of the same network with batch norms folded; None where this is it
+    """
+
+    def __init__(self, bound: Bound, folded: Callable[[], Bound] | None = None):
         self.layer = bound.cut.layer
         self.bound = bound
         self.cut = bound.cut
         self.leaves = bound.weights.values()
+        self._make_folded = folded
+        self._folded: CapturedSession | None = None
 
     def forward(
         self, images: Tensor, needs: Needs = "features", by_index: bool = True, closed_form: bool = True
@@ -72,7 +119,7 @@ class CapturedSession(Session):
             if needs == "multipliers" and affine is None:
                 recorded = self.cut.walk().record(features, self.leaves | entering, len(images))
                 return CapturedForward(self, features, recorded.output, entering, recorded=recorded)
-            if needs in ("features", "closed") or affine is not None:
+            if needs in ("features", "closed_form") or affine is not None:
                 output = self._run_head(values)
                 return CapturedForward(self, features, output, entering, affine=affine)
             if needs == "biases":
@@ -88,7 +135,11 @@ class CapturedSession(Session):
     def features(self, images: Tensor) -> Tensor:
         return self._trunk(images)[self.cut.feature]
 
-    def output(self, images: Tensor) -> Any:
+    def output(self, images: Tensor, folded: bool = False) -> Any:
+        if folded and self._make_folded is not None:
+            if self._folded is None:
+                self._folded = self._make_folded().session()
+            return self._folded.output(images)
         return self._run_head(self._trunk(images))
 
     def shared_reference(self, key: Hashable, make: Callable[[], Reference]) -> Reference:
