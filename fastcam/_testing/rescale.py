@@ -15,7 +15,7 @@ from fastcam.program.layers import find_layer
 from fastcam.program.session import Bound
 from fastcam.program.targets import TargetSpec, resolve_targets
 
-__all__ = ["ReadOut", "draw", "max_pool_rule", "multipliers", "secant"]
+__all__ = ["ReadOut", "complete", "draw", "max_pool_rule", "multipliers", "secant"]
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -64,6 +64,16 @@ def multipliers(
     outputs = (passed.output, base.output.expand(passed.output.shape))
     here, there = (output.gather(1, chosen.unsqueeze(1))[:, 0] for output in outputs)
     return found, found * (passed.features - base.features), here - there
+
+
+def complete(net: nn.Module, shape: Sequence[int], tolerance: float = 1e-10, seed: int = 1) -> Tensor:
+    """Multipliers of two drawn images against two others, asserted to be complete."""
+    x, reference = draw(2, *shape, seed=seed), draw(2, *shape, seed=seed + 1)
+    m, contributions, difference = multipliers(net, x, reference)
+    assert difference.abs().min() > 1e-6
+    error = contributions.flatten(1).sum(1) - difference
+    assert (error.abs() <= tolerance * contributions.flatten(1).abs().sum(1)).all()
+    return m
 
 
 def secant(function: Callable[[Tensor], Tensor], x: Tensor, reference: Tensor) -> Tensor:

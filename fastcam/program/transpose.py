@@ -157,6 +157,15 @@ def _scaled(
     return {at.index: (g * other).sum_to_size(shapes[at.index])}
 
 
+def _copy(
+    node: Node, g: Tensor, active: frozenset[int], shapes: Mapping[int, torch.Size], get: Callable[[int], Any]
+) -> dict[int, Cotangent] | None:
+    """The second argument in the shape of the first, whose values are lost; autograd knows no derivative of it."""
+    source = node.args[1]
+    found = isinstance(source, Ref) and source.index in active
+    return {source.index: g.sum_to_size(shapes[source.index])} if found else {}
+
+
 _WRITTEN_OUT: dict[str, Callable[..., dict[int, Cotangent] | None]] = {
     "conv1d": _convolution,
     "conv2d": _convolution,
@@ -167,4 +176,5 @@ _WRITTEN_OUT: dict[str, Callable[..., dict[int, Cotangent] | None]] = {
     "sub": _sum,
     "mul": _scaled,
     "div": _scaled,
+    "copy": _copy,
 }

@@ -38,7 +38,8 @@ _NAMED = {"affine": AFFINE, "elementwise": ELEMENTWISE, "product": PRODUCT}
 _AFFINE_KINDS = frozenset({"add", "cat", "reshape", "resize"})
 _AFFINE_NAMES = """
 mean sum cumsum neg rsub diff dropout feature_dropout alpha_dropout tril triu im2col col2im unfold fold
-getitem index index_select gather pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d
+getitem index index_select gather copy slice_scatter select_scatter index_put masked_fill
+pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d
 replication_pad1d replication_pad2d replication_pad3d avg_pool1d avg_pool2d avg_pool3d
 adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d
 """
@@ -97,8 +98,11 @@ def register_rescale_rule(operator: str, rule: str | Callable[[Step, Any], Cotan
               or a callable (step, multipliers at the result) -> {index: multipliers at that input}, which may read
               `step.operand(position)`, `step.result()` (each a pair: target, reference) and `step.source(position)`
 
-    Raises ValueError for another text, TypeError for another type. Source: Shrikumar et al., arXiv 1704.02685, sec. 3.
+    Raises ValueError for another text or name, TypeError for another type.
+    Source: Shrikumar et al., arXiv 1704.02685, sec. 3.
     """
+    if not isinstance(operator, str) or "::" not in operator:
+        raise ValueError(f'operator must be named as the error names it, like "aten::cumprod"; got {operator!r}')
     if isinstance(rule, str):
         if rule not in _NAMED:
             raise ValueError(f"rule must be one of {', '.join(map(repr, _NAMED))} or a callable; got {rule!r}")

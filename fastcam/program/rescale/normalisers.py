@@ -13,17 +13,15 @@ __all__ = ["attention", "group_norm", "instance_norm", "layer_norm", "log_softma
 
 
 def softmax(step: Step, given: Tensor) -> Cotangents:
-    """exp(u) / sum exp(u)."""
+    """exp(u) / sum exp(u) = exp(u - log sum exp(u))."""
     return {step.source(): _through_softmax(given, *step.operand(), step.constant(1))}
 
 
 def log_softmax(step: Step, given: Tensor) -> Cotangents:
     """u - log sum exp(u)."""
     dim = step.constant(1)
-    (e, e_ref), slope = _exponentials(*step.operand(), dim)
-    total, total_ref = e.sum(dim, keepdim=True), e_ref.sum(dim, keepdim=True)
-    found = given - given.sum(dim, keepdim=True) * _log_slope(total, total_ref) * slope
-    return {step.source(): found.to(given.dtype)}
+    _, _, share = _shares(*step.operand(), dim)
+    return {step.source(): (given - given.sum(dim, keepdim=True) * share).to(given.dtype)}
 
 
 def attention(step: Step, given: Tensor) -> Cotangents:
@@ -105,26 +103,26 @@ def _standardised(
 
 
 def _through_softmax(given: Tensor, u: Tensor, u_ref: Tensor, dim: int) -> Tensor:
-    (e, e_ref), slope = _exponentials(u, u_ref, dim)
-    total, total_ref = e.sum(dim, keepdim=True), e_ref.sum(dim, keepdim=True)
-    at_total = -(given * (e + e_ref) / 2).sum(dim, keepdim=True) / (total * total_ref)
-    return ((given * (1 / total + 1 / total_ref) / 2 + at_total) * slope).to(given.dtype)
+    """exp of log_softmax, so that no multiplier exceeds the largest given, whatever the two passes' levels."""
+    total, total_ref, share = _shares(u, u_ref, dim)
+    at_log = given * _exponential_slope(u.double() - total, u_ref.double() - total_ref)
+    return (at_log - at_log.sum(dim, keepdim=True) * share).to(given.dtype)
 
 
-def _exponentials(u: Tensor, u_ref: Tensor, dim: int) -> tuple[tuple[Tensor, Tensor], Tensor]:
-    """exp of both passes and the slope between them without cancellation.
+def _shares(u: Tensor, u_ref: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """l = log sum exp(u) in both passes, and the multipliers of l: the slope of exp over that of exp(l), at most 1.
 
-    Both are shifted alike, so nothing overflows; in float64, where what is 700 below the largest is still not zero.
+    In float64, where numbers 700 below the largest still count.
     """
     u, u_ref = u.double(), u_ref.double()
-    shift = torch.maximum(u, u_ref).amax(dim, keepdim=True)
-    e, e_ref = (u - shift).exp(), (u_ref - shift).exp()
-    gap = (u - u_ref).abs()
-    slope = torch.maximum(e, e_ref) * torch.where(gap == 0, 1, -torch.expm1(-gap) / torch.where(gap == 0, 1, gap))
-    return (e, e_ref), slope
+    total, total_ref = u.logsumexp(dim, keepdim=True), u_ref.logsumexp(dim, keepdim=True)
+    shift = torch.maximum(total, total_ref)
+    share = _exponential_slope(u - shift, u_ref - shift) / _exponential_slope(total - shift, total_ref - shift)
+    return total, total_ref, share
 
 
-def _log_slope(x: Tensor, x_ref: Tensor) -> Tensor:
-    """(log x - log x') / (x - x') without cancellation."""
-    least, gap = torch.minimum(x, x_ref), (x - x_ref).abs()
-    return torch.where(gap == 0, 1 / least, torch.log1p(gap / least) / torch.where(gap == 0, 1, gap))
+def _exponential_slope(a: Tensor, a_ref: Tensor) -> Tensor:
+    """(exp a - exp a') / (a - a') without cancellation, also where both are minus infinity."""
+    equal = a == a_ref
+    gap = torch.where(equal, 1, (a - a_ref).abs())
+    return torch.maximum(a, a_ref).exp() * torch.where(equal, 1, -torch.expm1(-gap) / gap)
