@@ -143,7 +143,7 @@ def faithfulness() -> str:
         + "; ".join(
             f"{verb} for {', '.join(names)}" for verb, names in (("holds", held), ("does not hold", broken)) if names
         )
-        + ".",
+        + ". Gaps of less than two standard errors decide nothing.",
     ]
     return "\n".join(lines)
 
