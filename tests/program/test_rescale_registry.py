@@ -112,7 +112,7 @@ def test_an_unknown_step_names_node_module_line_and_cure(step, operator, line):
     text, name = str(caught.value), operator.split("::")[1]
     assert f"no DeepLIFT rule for {operator} at {name} ({name}) in module 'step.inner'" in text
     assert f'fastcam.register_rescale_rule("{operator}", "elementwise")' in text
-    file, number = re.search(r", (\S+test_multipliers\.py):(\d+)", text).groups()
+    file, number = re.search(r", (\S+test_rescale_registry\.py):(\d+)", text).groups()
     with open(file) as source:
         assert line in source.readlines()[int(number) - 1]
 

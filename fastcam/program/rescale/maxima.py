@@ -64,6 +64,6 @@ def _explained(g: Tensor, u: Tensor, p: Tensor, i: Tensor, u_ref: Tensor, p_ref:
     first, difference = p >= p_ref, p - p_ref
     equal = difference == 0
     share = difference / torch.where(equal, 1, torch.where(first, at_i, at_j))
-    to_winner = g * torch.where(equal, 0.5 * (at_i == 0), share)
+    to_winner = g * torch.where(equal, (at_i == 0).to(g.dtype) / 2, share)
     found = torch.zeros_like(u).scatter_add_(-1, torch.where(first, i, j), to_winner)
-    return found.scatter_add_(-1, j, g * (0.5 * (equal & (at_j == 0))))
+    return found.scatter_add_(-1, j, g * ((equal & (at_j == 0)).to(g.dtype) / 2))
