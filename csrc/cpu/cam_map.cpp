@@ -14,6 +14,7 @@
 #include "cpu/cam_map_reduce.h"
 #include "cpu/layout.h"
 #include "cpu/resampling.h"
+#include "cpu/result_memory.h"
 #include "ops.h"
 
 namespace fastcam::cpu {
@@ -188,10 +189,9 @@ std::tuple<Tensor, Tensor, Tensor> cam_map(const Tensor& features, const Tensor&
   if (has_targets) shape.push_back(x.targets);
   Tensor finite = at::empty(shape, features.options().dtype(at::kBool));
   shape.insert(shape.end(), {x.height, x.width});
-  Tensor raw = at::empty(shape, features.options().dtype(acc));
+  Tensor raw = empty_result(shape, acc);
   *(shape.end() - 2) = options.height, shape.back() = options.width;
-  Tensor maps = at::empty(shape, features.options().dtype(acc));
-  advise_huge_pages(maps);
+  Tensor maps = empty_result(shape, acc);
   if (x.batch == 0 || x.targets == 0) return {maps, raw, finite};
 
   // Multipliers in the accumulation type beside half features: widen the features rather than lose the digits.

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-__all__ = ["ACTIVATIONS", "LEAVES", "Node", "Ref", "following_values", "kind_of", "map_refs", "op_name", "refs_in"]
+__all__ = ["ACTIVATIONS", "FRESH", "LEAVES", "Node", "Ref", "following_values", "kind_of", "map_refs", "op_name"]
+__all__ += ["refs_in"]
 
 LEAVES = frozenset({"input", "parameter", "buffer", "constant", "folded"})
 
@@ -48,6 +49,9 @@ _KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names.split
 
 #: Elementwise activations that have an in-place twin; used to save a buffer where the input is no longer needed.
 ACTIVATIONS = frozenset(_KINDS["activation"].split())
+
+#: Kinds whose operators always return fresh memory, so that their result may be overwritten once it is no longer read.
+FRESH = frozenset({"conv", "linear", "norm", "add", "mul", "activation"})
 
 
 @dataclass(frozen=True, slots=True)
