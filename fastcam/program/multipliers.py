@@ -21,7 +21,7 @@ from .nodes import LEAVES, Node
 from .rescale import AFFINE, Rule, Step, rule_for
 from .transpose import Cotangent
 
-__all__ = ["Recorded", "Walk", "one_for_all"]
+__all__ = ["Recorded", "Walk", "accumulate", "one_for_all"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Walk:
             except Exception as error:
                 raise RuntimeError(f"{type(error).__name__}: {error}\nin the DeepLIFT rule of {node}") from error
             for ref, part in parts.items():
-                _accumulate(found, ref, part)
+                accumulate(found, ref, part)
         result = found.get(self._feature)
         if not isinstance(result, Tensor):
             raise RuntimeError("the score does not depend on the layer")
@@ -118,7 +118,8 @@ def _differentiable(node: Node) -> bool:
     return computed and (node.dtype is None or node.dtype.is_floating_point)
 
 
-def _accumulate(found: dict[int, Cotangent], ref: int, part: Cotangent) -> None:
+def accumulate(found: dict[int, Cotangent], ref: int, part: Cotangent) -> None:
+    """Add multipliers at value `ref` to those it has."""
     earlier = found.get(ref)
     if earlier is None:
         found[ref] = part

@@ -16,7 +16,8 @@ from ..transpose import transpose
 from . import maxima, normalisers, pointwise
 from .step import Cotangents, Rule, Step
 
-__all__ = ["AFFINE", "Rule", "Step", "UnsupportedOpError", "known", "register_rescale_rule", "rule_for"]
+__all__ = ["AFFINE", "ELEMENTWISE", "Rule", "Step", "UnsupportedOpError", "known", "maxima", "register_rescale_rule"]
+__all__ += ["rule_for"]
 
 
 class UnsupportedOpError(RuntimeError):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ..nodes import Ref, op_name
+from ..nodes import Node, Ref, op_name
 from .step import Cotangents, Step
 
-__all__ = ["elementwise", "leaky_relu", "matrix_product", "product", "quotient", "rectifier"]
+__all__ = ["elementwise", "is_smooth", "leaky_relu", "matrix_product", "product", "quotient", "rectifier", "secant"]
 
 #: |u - u'| up to which a smooth function's slope is its derivative at the midpoint, wrong by (u - u')^2 f''' / 24, not
 #: a quotient of differences that cancel.
@@ -23,14 +26,24 @@ _SMOOTH = frozenset(_SMOOTH_NAMES.split())
 def elementwise(step: Step, given: Tensor) -> Cotangents:
     """g (f(u) - f(u')) / (u - u'), and the derivative at the midpoint where u and u' are (nearly) equal."""
     (u, u_ref), (v, v_ref) = step.operand(), step.result()
+    return {step.source(): given * secant(step.run, is_smooth(step.node), u, u_ref, v, v_ref)}
+
+
+def is_smooth(node: Node) -> bool:
+    """Whether the step is a function with a third derivative everywhere."""
+    return op_name(node.target) in _SMOOTH
+
+
+def secant(f: Callable[[Tensor], Any], smooth: bool, u: Tensor, u_ref: Tensor, v: Tensor, v_ref: Tensor) -> Tensor:
+    """(v - v') / (u - u') for v = f(u), and the derivative at the midpoint where u and u' are (nearly) equal."""
     difference = u - u_ref
-    bound = _NEAR.get(u.dtype, _NEAR_HALF) if op_name(step.node.target) in _SMOOTH else 0.0
+    bound = _NEAR.get(u.dtype, _NEAR_HALF) if smooth else 0.0
     near = difference.abs() <= bound
     with torch.enable_grad():
         # Away from there the derivative is not used, only kept from being NaN.
         middle = torch.where(near, (u + u_ref) / 2, u).requires_grad_()
-        (slope,) = torch.autograd.grad(step.run(middle).sum(), middle)
-    return {step.source(): given * torch.where(near, slope, (v - v_ref) / torch.where(near, 1, difference))}
+        (slope,) = torch.autograd.grad(f(middle).sum(), middle)
+    return torch.where(near, slope, (v - v_ref) / torch.where(near, 1, difference))
 
 
 class ops:  # TEMPORARY until the op lands
