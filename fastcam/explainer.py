@@ -156,7 +156,7 @@ class Explainer:
     def _explain(self, images: torch.Tensor, targets: TargetSpec) -> Attribution:
         by_index = not callable(targets) or isinstance(targets, torch.Tensor)
         options = self.options
-        passed = self._session(images).forward(images, self.method.needs, by_index)
+        passed = self._session(images).forward(images, options.needed(self.method.needs), by_index)
         resolved = resolve_targets(targets, passed.output, len(images))
         features = passed.features
         if options.reshape_transform is not None:

@@ -31,6 +31,10 @@ class MethodOptions:
     reshape_transform: Callable[[Tensor], Tensor] | None = None
     on_nonfinite: Literal["raise", "mask"] | None = None
 
+    def needed(self, usual: Needs) -> Needs:
+        """What the formula reads under these options, where `Method.needs` is what it usually does."""
+        return usual
+
     def __post_init__(self) -> None:
         if self.on_nonfinite not in (None, "raise", "mask"):
             raise ValueError(f"on_nonfinite must be 'raise', 'mask' or None; got {self.on_nonfinite!r}")
@@ -239,7 +243,7 @@ class Method:
     source     paper and equation
     evidence   the formula
     needs      what the formula reads beside features and scores: "features" (nothing), "closed_form" (gradients, where
-               `Passage.linear`), "gradients", "biases" (gradients, of all biases too), "multipliers"
+               `Passage.linear`), "gradients", "biases" (gradients, of all biases too), "multipliers", "parts"
     options    the dataclass of its options, defaults included
     pixels     whether layer=None means the input pixels rather than the last feature map
     signed     whether normalised maps are divided by their largest magnitude, to [-1, 1], rather than min-max scaled

@@ -15,6 +15,7 @@ from .fold import fold_norms
 from .multipliers import Walk
 from .nodes import LEAVES, op_name
 from .rescale import known
+from .reveal_cancel import SignedWalk
 
 __all__ = ["Cut", "cut"]
 
@@ -71,6 +72,7 @@ class Cut:
         self._entering = crossing | aside | self.bypass
         self._packed = packed
         self._walk: tuple[int, Walk] | None = None
+        self._signed: tuple[int, SignedWalk] | None = None
         self._biases: Biases | None = None
 
     def walk(self) -> Walk:
@@ -80,6 +82,13 @@ class Cut:
             made = Walk(self.program, self.feature, self._head_nodes, self.sizes, self._packed)
             self._walk = (rules, made)
         return self._walk[1]
+
+    def signed_walk(self) -> SignedWalk:
+        """The way of positive and negative parts; UnsupportedOpError where a step has no RevealCancel rule."""
+        rules = known()
+        if self._signed is None or self._signed[0] != rules:
+            self._signed = (rules, SignedWalk(self.program, self.feature, self._head_nodes, self.sizes))
+        return self._signed[1]
 
     def biases(self) -> Biases:
         """What the head adds on the way to the outputs."""

@@ -15,8 +15,9 @@ from .targets import Targets, scores_of
 __all__ = ["Forward", "Needs", "Reference", "Session", "detached"]
 
 #: What a method will ask a pass for: nothing but features and scores; gradients where they are closed form and nothing
-#: otherwise; gradients; gradients together with those of all biases; or DeepLIFT multipliers.
-Needs = Literal["features", "closed_form", "gradients", "biases", "multipliers"]
+#: otherwise; gradients; gradients together with those of all biases; DeepLIFT multipliers by the Rescale rule; or by
+#: RevealCancel, which keeps signed parts.
+Needs = Literal["features", "closed_form", "gradients", "biases", "multipliers", "parts"]
 
 
 class Session(ABC):

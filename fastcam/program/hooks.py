@@ -50,7 +50,7 @@ class HookSession(Session):
         Raises TypeError where the layer's output is not one tensor, RuntimeError where the layer does not run, or where
         multipliers are wanted.
         """
-        if needs == "multipliers":
+        if needs in ("multipliers", "parts"):
             raise RuntimeError(f"DeepLIFT multipliers need a captured network, but {self.reason}")
         taps: list[Tensor] = []
 

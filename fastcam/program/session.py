@@ -19,6 +19,7 @@ from .forward import Forward, Graph, Needs, Reference, Session, columns_of, deta
 from .multipliers import Recorded, one_for_all
 from .nodes import Ref
 from .rescale import known
+from .reveal_cancel import SignedWalk
 from .state import neutral_modes
 from .targets import Targets
 
@@ -114,14 +115,15 @@ class CapturedSession(Session):
         with neutral_modes():
             features = values[self.cut.feature]
             entering = self.cut.entering(values)
-            closed_form = closed_form and needs in ("gradients", "multipliers")
+            closed_form = closed_form and needs in ("gradients", "multipliers", "parts")
             affine = self._affine(features, by_index) if closed_form else None
             if needs == "multipliers" and affine is None:
                 recorded = self.cut.walk().record(features, self.leaves | entering, len(images))
                 return CapturedForward(self, features, recorded.output, entering, recorded=recorded)
-            if needs in ("features", "closed_form") or affine is not None:
+            walk = self.cut.signed_walk() if needs == "parts" and affine is None else None
+            if needs in ("features", "closed_form") or affine is not None or walk is not None:
                 output = self._run_head(values)
-                return CapturedForward(self, features, output, entering, affine=affine)
+                return CapturedForward(self, features, output, entering, affine=affine, walk=walk)
             if needs == "biases":
                 output, biased = self.cut.biases().run(values, self.layer)
                 return CapturedForward(self, features, detached(output), entering, graph=biased)
@@ -189,6 +191,7 @@ class CapturedForward(Forward):
         affine: AffineHead | None = None,
         graph: Graph | None = None,
         recorded: Recorded | None = None,
+        walk: SignedWalk | None = None,
     ):
         uniform = affine is not None and affine.uniform
         super().__init__(session, features, output, linear=affine is not None, uniform=uniform)
@@ -196,6 +199,7 @@ class CapturedForward(Forward):
         self._affine = affine
         self._graph = graph
         self._recorded = recorded
+        self._walk = walk
 
     def gradients(self, targets: Targets) -> Tensor:
         if self._affine is not None:
@@ -236,6 +240,8 @@ class CapturedForward(Forward):
             if targets.indices is None:
                 self._seeds(targets, None, reference)  # a head that is affine does not make the callable so
             return self._closed_form(self._affine, targets)
+        if self._walk is not None:
+            return self._by_parts(self._walk, targets, reference)
         if self._recorded is None:
             raise RuntimeError(f"layer '{self.layer}' was passed without recording values for multipliers")
         walk = self.session.cut.walk()
@@ -248,6 +254,14 @@ class CapturedForward(Forward):
             for column in columns_of(targets):
                 seeds = self._seeds(targets, column, reference)
                 found.append(walk.multipliers(self._recorded, recorded, seeds))
+        return torch.stack(found, dim=1) if targets.several else found[0]
+
+    def _by_parts(self, walk: SignedWalk, targets: Targets, reference: Reference) -> Tensor:
+        with neutral_modes():
+            base = reference.features.expand(self.features.shape)
+            passed = walk.propagate(self.features, base, self.session.leaves | self._entering)
+            seeds = [self._seeds(targets, column, reference) for column in columns_of(targets)]
+            found = [walk.multipliers(passed, one) for one in seeds]
         return torch.stack(found, dim=1) if targets.several else found[0]
 
     def _seeds(self, targets: Targets, column: int | None, reference: Reference) -> dict[int, Tensor]:
