@@ -119,11 +119,7 @@ def _against(passage: Passage, options: AFmiOptions, reference: Reference) -> Ev
     skipped = torch.zeros_like(contributions, dtype=torch.bool)
     lost = None
     if options.variant == "swap" or options.return_probe:
-        lost = (
-            contributions
-            if passage.linear
-            else passage.scores().unsqueeze(-1) - edited_scores(passage, base, options.chunk)
-        )
+        lost = contributions if passage.linear else _lost(passage, base, options.chunk)
     if options.variant == "mean_multiplier":
         weights = ops.channel_weights(features, m, mode="mean")
     elif options.variant == "contribution_ratio":
@@ -149,6 +145,13 @@ def _against(passage: Passage, options: AFmiOptions, reference: Reference) -> Ev
     return Evidence(
         weights=weights, reference=base, delta=passage.residual(contributions.sum(-1), reference), extra=extra
     )
+
+
+def _lost(passage: Passage, base: Tensor, chunk: int) -> Tensor:
+    """(B, K) or (B, T, K): y(A) - y(A with map k taken from the reference), exactly 0 where the two maps are equal."""
+    lost = passage.scores().unsqueeze(-1) - edited_scores(passage, base, chunk)
+    same = (passage.features == base).flatten(2).all(-1)
+    return torch.where(same.unsqueeze(1) if passage.targets.several else same, 0, lost)
 
 
 METHOD = Method(

@@ -45,6 +45,8 @@ class Cut:
         outputs = program.output_indices
         needed = program.ancestors(outputs | {feature})
         head = program.descendants(feature) & program.ancestors(outputs) - {feature}
+        before = needed - head
+        head |= _sizes_made_for(program, head)
         self.program = program
         self.feature = feature
         self.layer = layer
@@ -61,7 +63,7 @@ class Cut:
         aside = outputs - head - {feature}  # outputs that do not follow from the features
         self.bypass = ((crossing | aside) & images - self.sizes) | ({program.input} if reads_images else set())
         survive = crossing | {feature} | (outputs - head)
-        self.trunk = Schedule(program, needed - head, survive, in_place=True, packed=packed)
+        self.trunk = Schedule(program, before, survive, in_place=True, packed=packed)
         self.head = Schedule(program, head, outputs | {feature}, in_place=True, packed=packed)
         self.head_graph = Schedule(program, head, outputs | {feature}, in_place=False)
         self.affine: AffineHead | None = analyse(program, feature, self._head_nodes) if head else None
@@ -108,3 +110,15 @@ class Cut:
             values[index] = len(probe)
         self._probe.run(values)
         return self.program.result(values)
+
+
+def _sizes_made_for(program: Program, head: set[int]) -> set[int]:
+    """Sizes that the head reads and the trunk computes from the batch size: another batch needs them anew."""
+    found: set[int] = set()
+    stack = [ref for index in head for ref in program.nodes[index].refs()]
+    while stack:
+        node = program.nodes[stack.pop()]
+        if node.kind == "size" and op_name(node.target) != "sym_size" and node.index not in head | found:
+            found.add(node.index)
+            stack.extend(node.refs())
+    return found
