@@ -112,13 +112,22 @@ def mask_by_features_calls():
         yield (x, f.to(acc(dtype)), 3, 5), {"noise": None if first else noise, "order": order}
 
 
-LAUNCHED = ("_reduce", "_collect", "_write", "_finish", "_measure", "_multiply")
+def rescale_multipliers_calls():
+    for dtype, slope in itertools.product(DTYPES, (0.0, 0.01)):
+        u = torch.empty(4, 64, 14, 14, dtype=dtype)
+        for g in (u, u.to(acc(dtype))):
+            yield (g, u, u, slope), {}
+            yield (g, u, u[:1], slope), {}
+
+
+LAUNCHED = ("_reduce", "_collect", "_write", "_finish", "_measure", "_multiply", "_rescale")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MODES = ("mean", "sum", "xgrad", "grad_cam_pp")
 CALLS = {
     "cam_map": cam_map_calls,
     "channel_weights": channel_weights_calls,
     "mask_by_features": mask_by_features_calls,
+    "rescale_multipliers": rescale_multipliers_calls,
 }
 
 

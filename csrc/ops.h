@@ -34,20 +34,33 @@ inline void check_features(const char* op, const at::Tensor& features, const cha
 }
 
 inline void check_companion(const char* op, const char* name, const at::Tensor& value, const at::Tensor& features,
-                            const char* to = "features") {
-  TORCH_CHECK_VALUE(value.device() == features.device(), op, ": ", name, " is on ", value.device(), ", ", to, " on ",
+                            const char* of = "features") {
+  TORCH_CHECK_VALUE(value.device() == features.device(), op, ": ", name, " is on ", value.device(), ", ", of, " on ",
                     features.device());
   TORCH_CHECK_TYPE(value.scalar_type() == features.scalar_type() ||
                        value.scalar_type() == accumulation_dtype(features.scalar_type()),
-                   op, ": ", name, " is ", value.scalar_type(), ", ", to, " are ", features.scalar_type());
+                   op, ": ", name, " is ", value.scalar_type(), ", ", of, " are ", features.scalar_type());
 }
 
-inline void check_reference(const char* op, const at::Tensor& reference, const at::Tensor& features) {
+inline void check_reference(const char* op, const at::Tensor& reference, const at::Tensor& features,
+                            const char* of = "features") {
   if (!reference.defined()) return;
-  check_companion(op, "reference", reference, features);
-  TORCH_CHECK_VALUE(reference.dim() == 4 && reference.sizes().slice(1) == features.sizes().slice(1) &&
+  check_companion(op, "reference", reference, features, of);
+  TORCH_CHECK_VALUE(reference.dim() == features.dim() && reference.sizes().slice(1) == features.sizes().slice(1) &&
                         (reference.size(0) == 1 || reference.size(0) == features.size(0)),
                     op, ": reference must be ", features.sizes(), " or have batch 1, got ", reference.sizes());
+}
+
+// A value for every element of the inputs, a reference of the same type, one dimension or more.
+inline void check_elementwise(const char* op, const at::Tensor& multipliers, const at::Tensor& inputs,
+                              const at::Tensor& reference) {
+  TORCH_CHECK_VALUE(inputs.dim() > 0, op, ": inputs must be (B,...), got 0 dimensions");
+  check_companion(op, "multipliers", multipliers, inputs, "inputs");
+  TORCH_CHECK_VALUE(multipliers.sizes() == inputs.sizes(), op, ": multipliers must be ", inputs.sizes(), ", got ",
+                    multipliers.sizes());
+  check_reference(op, reference, inputs, "inputs");
+  TORCH_CHECK_TYPE(reference.scalar_type() == inputs.scalar_type(), op, ": reference is ", reference.scalar_type(),
+                   ", inputs are ", inputs.scalar_type());
 }
 
 // (B,K,H,W) or (B,T,K,H,W) for features (B,K,H,W).

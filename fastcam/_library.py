@@ -30,6 +30,10 @@ SCHEMAS = {
         "(Tensor images, Tensor features, SymInt start=0, SymInt? count=None, *, Tensor? noise=None, float scale=1.0, "
         'str order="resize_then_minmax") -> Tensor'
     ),
+    # (B,...), the same, and the same or (1,...) -> as empty_like(multipliers): their dtype and, if dense, strides.
+    "rescale_multipliers": (
+        "(Tensor multipliers, Tensor inputs, Tensor reference, float negative_slope=0.0) -> Tensor"
+    ),
 }
 
 # Kept at module level: a collected Library takes its ops with it.

@@ -1,5 +1,5 @@
-// What the CPU leaf loops share: vectors of a chosen width, loads that widen to the accumulation type, and one build of
-// every leaf per instruction set.
+// What the CPU leaf loops share: vectors of a chosen width, loads that widen to the accumulation type and stores that
+// narrow from it, and one build of every leaf per instruction set.
 //
 // A leaf is a struct with `template <int BYTES> static void body(const Args&)`, always inlined, where BYTES is the vector
 // width. run<Leaf>(args) calls it inside a function compiled for the chosen instruction set: any CPU (16 bytes), AVX2
@@ -128,6 +128,33 @@ FASTCAM_INLINE Vector<Accumulate<S>, N> load(const S* p) {
   }
 }
 
+// N values as S stores them: rounded to nearest, ties to even; NaN stays NaN. Vectors of bits for the two half types.
+template <typename S, int N>
+FASTCAM_INLINE auto narrow(Vector<Accumulate<S>, N> v) {
+  if constexpr (std::is_same_v<S, float> || std::is_same_v<S, double>) {
+    return v;
+  } else {
+    using U = Vector<uint32_t, N>;
+    using F = Vector<float, N>;
+    const U bits = reinterpret_cast<U>(v), magnitude = bits & 0x7fffffffu;
+    U narrowed;
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+      narrowed = magnitude > 0x7f800000u ? U{} + 0x7fc0u : rounded;
+    } else {
+      // 4 |v|, infinite where |v| has no half. Adding it to the power of two whose last bit is worth four of the half's last
+      // bits rounds it there; the power of two is the least normal half's for all subnormal ones. Integer code again.
+      const F scaled = reinterpret_cast<F>(magnitude) * 0x1p112f * 0x1p-110f;
+      const U doubled = magnitude + magnitude, exponent = doubled & 0xff000000u;
+      const U floored = exponent < 0x71000000u ? U{} + 0x71000000u : exponent;
+      const U sum = reinterpret_cast<U>(reinterpret_cast<F>((floored >> 1) + 0x07800000u) + scaled);
+      const U rounded = ((sum >> 13) & 0x7c00u) + (sum & 0x0fffu);
+      narrowed = ((bits >> 16) & 0x8000u) | (magnitude > 0x7f800000u ? U{} + 0x7e00u : rounded);
+    }
+    return __builtin_convertvector(narrowed, Vector<uint16_t, N>);
+  }
+}
+
 // The first n of N values from p, zeros after them; reads nothing beyond.
 template <int N, typename S>
 FASTCAM_INLINE Vector<Accumulate<S>, N> load_first(const S* p, int64_t n) {
@@ -136,56 +163,17 @@ FASTCAM_INLINE Vector<Accumulate<S>, N> load_first(const S* p, int64_t n) {
   return load<N>(padded);
 }
 
-template <typename T, int N>
-FASTCAM_INLINE void store_raw(void* p, Vector<T, N> v) {
-  *reinterpret_cast<typename VectorOf<T, N>::unaligned*>(p) = v;
-}
-
-// Bits of the nearest bfloat16, ties to even; NaNs stay NaNs, which adding to their bits would not promise.
-template <int N>
-FASTCAM_INLINE Vector<uint32_t, N> bfloat16_bits(Vector<float, N> v) {
-  const auto bits = reinterpret_cast<Vector<uint32_t, N>>(v);
-  const auto rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return v == v ? rounded : (bits >> 16) | 0x40u;
-}
-
-// Bits of the nearest float16, ties to even.
-template <int N>
-FASTCAM_INLINE Vector<uint32_t, N> half_bits(Vector<float, N> v) {
-  const auto bits = reinterpret_cast<Vector<uint32_t, N>>(v), magnitude = bits & 0x7fffffffu;
-  // Exponent rebiased and 13 bits dropped, rounded; a carry into the exponent is right, up to infinity.
-  const auto normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  // Below 2^-14: adding 1/2 shifts the mantissa to where a subnormal's lies, and the addition rounds.
-  const auto shifted = reinterpret_cast<Vector<float, N>>(magnitude) + 0.5f;
-  const auto subnormal = reinterpret_cast<Vector<uint32_t, N>>(shifted) - 0x3f000000u;
-  auto result = magnitude < 0x38800000u ? subnormal : normal;
-  result = magnitude >= 0x47800000u ? Vector<uint32_t, N>{} + 0x7c00u : result;  // 2^16 and more
-  result = magnitude > 0x7f800000u ? Vector<uint32_t, N>{} + 0x7e00u : result;   // NaN
-  return result | ((bits >> 16) & 0x8000u);
-}
-
-// N values of the accumulation type, rounded to the storage type.
 template <int N, typename S>
 FASTCAM_INLINE void store(S* p, Vector<Accumulate<S>, N> v) {
-  if constexpr (std::is_same_v<S, float> || std::is_same_v<S, double>) {
-    store_raw<S, N>(p, v);
-  } else {
-    Vector<uint32_t, N> bits;
-    if constexpr (std::is_same_v<S, BFloat16>) {
-      bits = bfloat16_bits<N>(v);
-    } else {
-      bits = half_bits<N>(v);
-    }
-    store_raw<uint16_t, N>(p, __builtin_convertvector(bits, Vector<uint16_t, N>));
-  }
+  using Raw = std::conditional_t<sizeof(S) == 2, uint16_t, S>;
+  *reinterpret_cast<typename VectorOf<Raw, N>::unaligned*>(p) = narrow<S, N>(v);
 }
 
 template <int N, typename S>
 FASTCAM_INLINE void store_first(S* p, Vector<Accumulate<S>, N> v, int64_t n) {
   if (n >= N) return store<N>(p, v);
-  S padded[N];
-  store<N>(padded, v);
-  std::memcpy(p, padded, n * sizeof(S));
+  const auto raw = narrow<S, N>(v);
+  std::memcpy(p, &raw, n * sizeof(S));
 }
 
 template <int N, typename V>

@@ -41,7 +41,7 @@ __device__ __forceinline__ T narrow(Accumulate<T> x) {
   }
 }
 
-// V neighbouring elements, moved by the widest loads their 16-byte (or smaller) alignment allows.
+// V neighbouring elements, moved by the widest loads and stores their 16-byte (or smaller) alignment allows.
 template <typename T, int V>
 struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
   T v[V];
@@ -50,6 +50,11 @@ struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
 template <int V, typename T>
 __device__ __forceinline__ Pack<T, V> load(const T* __restrict__ p) {
   return *reinterpret_cast<const Pack<T, V>*>(p);
+}
+
+template <int V, typename T>
+__device__ __forceinline__ void store(T* __restrict__ p, const Pack<T, V>& values) {
+  *reinterpret_cast<Pack<T, V>*>(p) = values;
 }
 
 template <typename T>

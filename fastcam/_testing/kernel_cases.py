@@ -1,11 +1,12 @@
-"""Float64 oracles, inputs and tolerances of the ops, for tests of any implementation.
+"""Float64 oracles, inputs and tolerances of every op, for tests of any implementation.
 
 The oracles are the written formulas: sums over materialised products, resizing by explicit interpolation matrices. They
 share no code with the references or the kernels.
 
 Tolerances follow the arithmetic. With eps of the accumulation type, a sum of products is allowed 8 eps times the sum
 of the products' magnitudes (chains of additions are at most about a hundred long, and errors add up like their root),
-and a scaled map that error, plus a few roundings of its values, divided by its range.
+and a scaled map that error, plus a few roundings of its values, divided by its range. Elementwise results are allowed 4
+eps of their factors and one rounding to the result's type.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from torch import Tensor
 
 __all__ = [
     "LAYOUTS", "cam_map_oracle", "channel_weights_oracle", "check_cam_map", "check_channel_weights",
-    "check_mask_by_features", "features_like", "mask_by_features_oracle",
+    "check_mask_by_features", "check_rescale_multipliers", "features_like", "mask_by_features_oracle",
+    "rescale_multipliers_oracle",
 ]  # fmt: skip
 
 #: name -> function that returns the same values in another memory layout
@@ -187,6 +189,31 @@ def check_mask_by_features(got: Tensor, images: Tensor, *arguments: Any, **optio
     last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
     assert got.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     _within(got, want, error, "masked images")
+
+
+def rescale_multipliers_oracle(
+    multipliers: Tensor, inputs: Tensor, reference: Tensor, negative_slope: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(result, error in units of eps) in float64 on the CPU."""
+    g, u, r = (x.cpu().double() for x in (multipliers, inputs, reference))
+    r = r.expand_as(u)
+    low, high = torch.minimum(u, r), torch.maximum(u, r)  # s is symmetric; both hand NaN on
+    # The share of the step from low to high on the negative side: infinity has none, and NaN fails both comparisons.
+    step = (high - low).nan_to_num(posinf=torch.nan, nan=torch.nan)
+    share = torch.where(low > 0, 0.0, torch.where(high <= 0, 1.0, -low / step))
+    return g * (1 + share * (negative_slope - 1)), 4 * g.abs() * max(1.0, abs(negative_slope))
+
+
+def check_rescale_multipliers(got: Tensor, *arguments: Any) -> None:
+    """Shape, dtype, layout and values of the multipliers for these arguments of the op."""
+    multipliers, inputs, *_ = arguments
+    want, error = rescale_multipliers_oracle(*arguments)
+    assert (got.dtype, got.shape) == (multipliers.dtype, inputs.shape)
+    assert got.stride() == torch.empty_like(multipliers).stride()
+    acc = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+    out = torch.finfo(got.dtype)
+    error = error * torch.finfo(acc).eps + want.abs() * out.eps + out.smallest_normal * out.eps
+    _within(got, want, error, "multipliers")
 
 
 def _within(got: Tensor, want: Tensor, error: Tensor, name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,10 +17,7 @@ def check_features(op: str, features: Tensor, name: str = "features", shape: str
     check_tensor(op, name, features)
     if features.dim() != 4:
         raise ValueError(f"{op}: {name} must be {shape}, got {features.dim()} dimensions: {tuple(features.shape)}")
-    if features.dtype not in ACCUMULATION:
-        raise TypeError(
-            f"{op}: {name} must be float64, float32, float16 or bfloat16, got {features.dtype}; convert with .float()"
-        )
+    check_dtype(op, name, features)
     if 0 in features.shape[1:]:
         raise ValueError(
             f"{op}: {name} need at least one channel, row and column, got {shape} = {tuple(features.shape)}"
@@ -34,27 +32,41 @@ def check_tensor(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be a strided tensor, got layout {value.layout}; convert with .to_dense()")
 
 
+def check_dtype(op: str, name: str, value: Tensor) -> None:
+    """One of the dtypes kernels take."""
+    if value.dtype not in ACCUMULATION:
+        raise TypeError(
+            f"{op}: {name} must be float64, float32, float16 or bfloat16, got {value.dtype}; convert with .float()"
+        )
+
+
 def check_companion(
-    op: str, name: str, value: Tensor, features: Tensor, *, or_accumulation: bool, to: str = "features"
+    op: str, name: str, value: Tensor, features: Tensor, *, or_accumulation: bool, of: str = "features"
 ) -> None:
-    """A tensor on the device of the features (or of `to`), in their dtype or, where allowed, accumulation dtype."""
+    """A tensor on the features' device, in their dtype or (where allowed) their accumulation dtype."""
     check_tensor(op, name, value)
     if value.device != features.device:
-        raise ValueError(f"{op}: {name} is on {value.device}, {to} on {features.device}; both must be on one device")
+        raise ValueError(f"{op}: {name} is on {value.device}, {of} on {features.device}; both must be on one device")
     acc = accumulation_dtype(features.dtype)
     if value.dtype != features.dtype and not (or_accumulation and value.dtype == acc):
         also = f" or {acc}" if or_accumulation and acc != features.dtype else ""
-        raise TypeError(f"{op}: {name} must be {features.dtype}{also} like the {to}, got {value.dtype}")
+        raise TypeError(f"{op}: {name} must be {features.dtype}{also} like the {of}, got {value.dtype}")
 
 
-def check_reference(op: str, reference: Tensor | None, features: Tensor) -> None:
-    """None, or (B,K,H,W) or (1,K,H,W) with the features' dtype and device."""
+def check_same_shape(op: str, name: str, value: Tensor, features: Tensor, *, of: str = "features") -> None:
+    """A value for every element of the features."""
+    if value.shape != features.shape:
+        raise ValueError(f"{op}: {name} must be {tuple(features.shape)} like the {of}, got {tuple(value.shape)}")
+
+
+def check_reference(op: str, reference: Tensor | None, features: Tensor, *, of: str = "features") -> None:
+    """None, or the features' shape, with their batch or batch 1, in their dtype and on their device."""
     if reference is None:
         return
-    check_companion(op, "reference", reference, features, or_accumulation=False)
+    check_companion(op, "reference", reference, features, or_accumulation=False, of=of)
     if reference.shape[1:] != features.shape[1:] or reference.shape[0] not in (1, features.shape[0]):
         raise ValueError(
-            f"{op}: reference must be {tuple(features.shape)} like the features or have batch 1, "
+            f"{op}: reference must be {tuple(features.shape)} like the {of} or have batch 1, "
             f"got {tuple(reference.shape)}"
         )
 
@@ -77,6 +89,14 @@ def check_size(op: str, size: Sequence[int] | None) -> None:
             raise TypeError(f"{op}: size must hold two integers, got {size!r}")
         if value <= 0:
             raise ValueError(f"{op}: size must hold two positive integers, got {tuple(size)}")
+
+
+def check_finite(op: str, name: str, value: float) -> None:
+    """A finite number."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a finite float, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{op}: {name} must be a finite float, got {value}")
 
 
 def check_mode(op: str, mode: str, modes: Sequence[str], name: str = "mode") -> None:

@@ -64,7 +64,7 @@ def _check(
     op = "mask_by_features"
     _checks.check_features(op, images, "images", "(B,C,H,W)")
     _checks.check_features(op, features)
-    _checks.check_companion(op, "features", features, images, or_accumulation=True, to="images")
+    _checks.check_companion(op, "features", features, images, or_accumulation=True, of="images")
     if features.shape[0] != images.shape[0]:
         raise ValueError(
             f"{op}: images and features must have one batch size, got images {tuple(images.shape)} and features "
@@ -72,7 +72,7 @@ def _check(
         )
     rows = _check_pairs(op, features.shape[0] * features.shape[1], start, count)
     if noise is not None:
-        _checks.check_companion(op, "noise", noise, images, or_accumulation=True, to="images")
+        _checks.check_companion(op, "noise", noise, images, or_accumulation=True, of="images")
         if noise.shape != (rows, *images.shape[2:]):
             raise ValueError(f"{op}: noise must be {(rows, *images.shape[2:])}, got {tuple(noise.shape)}")
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):

@@ -2,6 +2,7 @@
 #include "cuda/cam_map.cuh"
 #include "cuda/channel_weights.cuh"
 #include "cuda/mask_by_features.cuh"
+#include "cuda/rescale_multipliers.cuh"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -71,6 +72,23 @@ int mask_by(bool wide_features, const void* images, const void* features, const 
   return run(images, features, noise, out, sizes, strides, scale, flags);
 }
 
+template <typename T, typename G>
+int rescale_multipliers(const void* multipliers, const void* inputs, const void* reference, void* out, int64_t runs,
+                        int64_t length, double negative_slope) {
+  RescaleArgs<T, G> x = {};
+  x.multipliers = static_cast<const G*>(multipliers), x.inputs = static_cast<const T*>(inputs);
+  x.reference = static_cast<const T*>(reference), x.out = static_cast<G*>(out);
+  x.runs = runs, x.length = length, x.negative_slope = Accumulate<T>(negative_slope);
+  return run_rescale_multipliers(x, nullptr);
+}
+
+template <typename T>
+int rescale_multipliers(bool wide, const void* multipliers, const void* inputs, const void* reference, void* out,
+                        int64_t runs, int64_t length, double negative_slope) {
+  return wide ? rescale_multipliers<T, Accumulate<T>>(multipliers, inputs, reference, out, runs, length, negative_slope)
+              : rescale_multipliers<T, T>(multipliers, inputs, reference, out, runs, length, negative_slope);
+}
+
 }  // namespace
 
 // dtype: 0 float64, 1 float32, 2 float16, 3 bfloat16.
@@ -96,6 +114,12 @@ EXPORT int emulate_mask_by_features(int dtype, bool wide_features, const void* i
                                     const void* noise, void* out, const int64_t* sizes, const int64_t* strides,
                                     double scale, const int* flags) {
   BY_DTYPE(mask_by, wide_features, images, features, noise, out, sizes, strides, scale, flags)
+}
+
+EXPORT int emulate_rescale_multipliers(int dtype, bool wide, const void* multipliers, const void* inputs,
+                                       const void* reference, void* out, int64_t runs, int64_t length,
+                                       double negative_slope) {
+  BY_DTYPE(rescale_multipliers, wide, multipliers, inputs, reference, out, runs, length, negative_slope)
 }
 
 // The shared arithmetic by itself.

@@ -17,6 +17,7 @@ from fastcam._testing.kernel_cases import (
     check_cam_map,
     check_channel_weights,
     check_mask_by_features,
+    check_rescale_multipliers,
     features_like,
 )
 
@@ -107,6 +108,19 @@ def mask_by_features(
         pointer(out), ints(ctypes.c_int64, count, start, k, h, w, *images.shape[2:], images.shape[1]),
         ints(ctypes.c_int64, *features.stride()), ctypes.c_double(scale),
         ints(ctypes.c_int, order == "minmax_then_resize", channels_last),
+    )  # fmt: skip
+    assert status == 0
+    return out
+
+
+def rescale_multipliers(kernels, multipliers, inputs, reference, negative_slope=0.0):
+    """For contiguous tensors; a shared reference is read again for every image."""
+    out = torch.full_like(multipliers, torch.nan)
+    runs = 1 if reference.shape == inputs.shape else inputs.shape[0]
+    status = kernels.emulate_rescale_multipliers(
+        DTYPES[inputs.dtype], multipliers.dtype != inputs.dtype, pointer(multipliers), pointer(inputs),
+        pointer(reference), pointer(out), ctypes.c_int64(runs), ctypes.c_int64(inputs.numel() // max(runs, 1)),
+        ctypes.c_double(negative_slope),
     )  # fmt: skip
     assert status == 0
     return out
@@ -258,6 +272,41 @@ def test_mask_by_features_flat_and_non_finite(kernels, order):
     if order == "resize_then_minmax":
         assert got[4:].amin((1, 2, 3)).eq(0).all()
         assert got[4:].amax((1, 2, 3)).eq(1).all()
+
+
+# Whole packs, partial ones, runs that begin between packs, several blocks.
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("slope", [0.0, 0.01, -1.5])
+@pytest.mark.parametrize("shape", [(2, 8, 4, 4), (3, 5, 7, 7), (2, 3001), (5,)], ids=str)
+def test_rescale_multipliers(kernels, shape, slope, wide, dtype):
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    multipliers, inputs = features_like(shape, acc if wide else dtype, 1), features_like(shape, dtype, 2)
+    for batch in (1, shape[0]):
+        arguments = multipliers, inputs, features_like((batch, *shape[1:]), dtype, 3), slope
+        check_rescale_multipliers(rescale_multipliers(kernels, *arguments), *arguments)
+
+
+@pytest.mark.slow
+def test_rescale_multipliers_of_more_runs_than_a_grid_is_high(kernels):
+    shape = (65537, 2)
+    arguments = features_like(shape, torch.float32, 1), features_like(shape, torch.float32, 2), torch.ones(1, 2)
+    check_rescale_multipliers(rescale_multipliers(kernels, *arguments), *arguments)
+
+
+@pytest.mark.parametrize("offset", [1, 2])
+def test_rescale_multipliers_off_the_pack_alignment(kernels, offset):
+    arguments = [features_like((100 + offset,), torch.float32, seed)[offset:] for seed in range(3)]
+    check_rescale_multipliers(rescale_multipliers(kernels, *arguments), *arguments)
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize("slope", [0.0, 0.25])
+def test_rescale_multipliers_of_odd_values(kernels, slope, dtype):
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1.0, -1.0], dtype=dtype)
+    inputs, reference = (x.contiguous() for x in torch.broadcast_tensors(odd[:, None], odd[None]))
+    arguments = torch.full_like(inputs, 3.0), inputs, reference, slope
+    check_rescale_multipliers(rescale_multipliers(kernels, *arguments), *arguments)
 
 
 @pytest.mark.parametrize(("inner", "outer"), [(7, 224), (7, 20), (14, 5), (31, 31), (224, 7), (1, 9), (9, 1), (97, 61)])

@@ -12,6 +12,7 @@ from fastcam._testing.kernel_cases import (
     check_cam_map,
     check_channel_weights,
     check_mask_by_features,
+    check_rescale_multipliers,
     features_like,
 )
 
@@ -198,11 +199,46 @@ def test_small_bare_op_takes_its_keywords(implementation):
     check_mask_by_features(got, images, features, 1, 2, **options)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("slope", [0.0, 0.01])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_small_rescale_multipliers_layouts_and_dtypes(implementation, batch, slope, layout, dtype):
+    shape = (3, 65, 7, 7)
+    inputs, reference = values(shape, dtype, 1, layout), values((batch, *shape[1:]), dtype, 2, layout)
+    for multipliers in (
+        values(shape, dtype, 3, layout),
+        values(shape, seed=3).to(torch.promote_types(dtype, torch.float32)),
+    ):
+        arguments = multipliers, inputs, reference, slope
+        check_rescale_multipliers(fastcam.ops.rescale_multipliers(*arguments), *arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5,), (64, 10), (33, 4096), (2, 197, 768), (1, 3, 5, 6, 7), (70000, 300), *SHAPES], ids=str
+)
+def test_rescale_multipliers(implementation, shape, dtype):
+    for batch in (1, shape[0]):
+        arguments = values(shape, dtype, 1), values(shape, dtype, 2), values((batch, *shape[1:]), dtype, 3), 0.01
+        check_rescale_multipliers(fastcam.ops.rescale_multipliers(*arguments), *arguments)
+
+
+def test_small_rescale_multipliers_of_odd_values(implementation):
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1.0, -1.0], device="cuda")
+    arguments = torch.full((7, 7), 3.0, device="cuda"), odd[:, None].expand(7, 7), odd[None].expand(7, 7), 0.25
+    check_rescale_multipliers(fastcam.ops.rescale_multipliers(*arguments), *arguments)
+
+
 def test_small_empty_batch(implementation):
     maps, raw, finite = cam_map(values((0, 4, 7, 7)), values((0, 3, 4)), size=(9, 8))
     assert (maps.shape, raw.shape, finite.shape) == ((0, 3, 9, 8), (0, 3, 7, 7), (0, 3))
     assert channel_weights(values((2, 4, 7, 7)), values((2, 0, 4, 7, 7))).shape == (2, 0, 4)
     assert mask_by_features(values((2, 3, 9, 9)), values((2, 4, 7, 7)), 8).shape == (0, 3, 9, 9)
+
+    for shape in ((0, 4, 7, 7), (2, 0, 3)):
+        empty = values(shape)
+        assert fastcam.ops.rescale_multipliers(empty, empty, values((1, *shape[1:]))).shape == shape
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -220,7 +256,8 @@ def test_same_bits_fifty_times_and_in_any_batch(implementation, layout):
 def every_op(features, weights):
     maps, raw, finite = cam_map(features, weights, size=(32, 32))
     masked = mask_by_features(maps.unsqueeze(1), features, 200, 120, scale=0.5)
-    return maps, raw, finite, channel_weights(features, features, None, "grad_cam_pp"), masked
+    rescaled = fastcam.ops.rescale_multipliers(features, features - 0.5, features[:1] - 1, 0.01)
+    return maps, raw, finite, channel_weights(features, features, None, "grad_cam_pp"), masked, rescaled
 
 
 def test_graph_capture(implementation):
@@ -289,3 +326,5 @@ def test_more_than_2_to_the_31_elements(implementation):
     assert raw[:2].count_nonzero() == 0
     sums = channel_weights(features, features, None, "sum")
     assert torch.equal(sums[2:], channel_weights(features[2:], features[2:], None, "sum"))
+    alone = fastcam.ops.rescale_multipliers(features[2:], features[2:], features[:1])
+    assert torch.equal(fastcam.ops.rescale_multipliers(features, features, features[:1])[2:], alone)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcam import ops
+
 from ..nodes import Ref, op_name
 from .step import Cotangents, Step
 
@@ -49,17 +51,6 @@ def secant(f: Callable[[Tensor], Any], name: str, u: Tensor, u_ref: Tensor, v: T
         middle = torch.where(near, (u + u_ref) / 2, u).requires_grad_()
         (slope,) = torch.autograd.grad(f(middle).sum(), middle)
     return torch.where(near, slope, (v - v_ref) / torch.where(near, 1, difference))
-
-
-class ops:  # TEMPORARY until the op lands
-    @staticmethod
-    def rescale_multipliers(g: Tensor, u: Tensor, v: Tensor, a: float = 0.0) -> Tensor:
-        def f(x: Tensor) -> Tensor:
-            return torch.where(x > 0, x, a * x)
-
-        same = ((u > 0) & (v > 0)) | ((u <= 0) & (v <= 0))
-        ones = torch.ones_like(u)
-        return g * torch.where(same, torch.where(u > 0, ones, a * ones), (f(u) - f(v)) / torch.where(same, 1, u - v))
 
 
 def rectifier(step: Step, given: Tensor) -> Cotangents:
