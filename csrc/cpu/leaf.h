@@ -142,8 +142,8 @@ FASTCAM_INLINE auto narrow(Vector<Accumulate<S>, N> v) {
       const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
       narrowed = magnitude > 0x7f800000u ? U{} + 0x7fc0u : rounded;
     } else {
-      // 4 |v|, infinite where |v| has no half. Adding it to the power of two whose last bit is worth four of the half's last
-      // bits rounds it there; the power of two is the least normal half's for all subnormal ones. Integer code again.
+      // 4 |v|, infinite from |v| = 2^16 on, is rounded by adding it to the power of two whose last bit is worth the last one of
+      // |v| as a half, times 4; for all subnormal halves that is the least normal one's. Integer code again.
       const F scaled = reinterpret_cast<F>(magnitude) * 0x1p112f * 0x1p-110f;
       const U doubled = magnitude + magnitude, exponent = doubled & 0xff000000u;
       const U floored = exponent < 0x71000000u ? U{} + 0x71000000u : exponent;
