@@ -88,21 +88,47 @@ def cam_map_calls():
     for dtype, shape, last in itertools.product(DTYPES, shapes, (False, True)):
         b, k = shape[:2]
         f = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
-        yield f, torch.empty(b, k, dtype=acc(dtype)), None, True, True, [32, 48]
-        yield f, torch.empty(b, 5, k, dtype=acc(dtype)), f[:1], False, True, None
-        yield f, f, None, True, False, [5, 5]
+        yield (f, torch.empty(b, k, dtype=acc(dtype)), None, True, True, [32, 48]), {}
+        yield (f, torch.empty(b, 5, k, dtype=acc(dtype)), f[:1], False, True, None), {}
+        yield (f, f, None, True, False, [5, 5]), {}
 
 
 def channel_weights_calls():
     shapes = ((2, 256, 7, 7), (2, 64, 14, 14), (2, 64, 28, 28), (1, 16, 96, 96))
     for dtype, shape, last, mode in itertools.product(DTYPES, shapes, (False, True), MODES):
         f = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
-        yield f, f, f[:1] if mode == "sum" else None, mode
+        yield (f, f, f[:1] if mode == "sum" else None, mode), {}
 
 
-LAUNCHED = ("_reduce", "_collect", "_write", "_finish")
+def mask_by_features_calls():
+    """Every option that changes the code, for images of one channel and of more."""
+    for dtype, channels, last, first in itertools.product(DTYPES, (1, 3), (False, True), (False, True)):
+        memory_format = torch.channels_last if last else torch.contiguous_format
+        x = torch.empty((2, channels, 224, 224), dtype=dtype, memory_format=memory_format)
+        f = torch.empty((2, 64, 14, 14), dtype=dtype, memory_format=memory_format)
+        order = "minmax_then_resize" if first else "resize_then_minmax"
+        noise = torch.empty(5, 224, 224, dtype=dtype)
+        yield (x, f, 3, 5), {"noise": noise.to(acc(dtype)) if first else None, "order": order}
+        yield (x, f.to(acc(dtype)), 3, 5), {"noise": None if first else noise, "order": order}
+
+
+def rescale_multipliers_calls():
+    for dtype, slope in itertools.product(DTYPES, (0.0, 0.01)):
+        u = torch.empty(4, 64, 14, 14, dtype=dtype)
+        for g in (u, u.to(acc(dtype))):
+            yield (g, u, u, slope), {}
+            yield (g, u, u[:1], slope), {}
+
+
+LAUNCHED = ("_reduce", "_collect", "_write", "_finish", "_measure", "_multiply", "_rescale")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MODES = ("mean", "sum", "xgrad", "grad_cam_pp")
+CALLS = {
+    "cam_map": cam_map_calls,
+    "channel_weights": channel_weights_calls,
+    "mask_by_features": mask_by_features_calls,
+    "rescale_multipliers": rescale_multipliers_calls,
+}
 
 
 def acc(dtype):
@@ -112,7 +138,7 @@ def acc(dtype):
 def main():
     capabilities = [int(a) for a in sys.argv[1:]] or [90]
     sys.path.insert(0, str(ROOT))
-    kernels = {name: importlib.import_module(f"fastcam.kernels.{name}") for name in ("cam_map", "channel_weights")}
+    kernels = {name: importlib.import_module(f"fastcam.kernels.{name}") for name in CALLS}
     launch = importlib.import_module("fastcam.kernels._launch")
     launch.on_device = lambda *_: contextlib.nullcontext()
     real = {
@@ -126,9 +152,9 @@ def main():
         for (module, name), kernel in real.items():
             if name in LAUNCHED:
                 setattr(module, name, Compiling(kernel, capability))
-        for name, calls in (("cam_map", cam_map_calls), ("channel_weights", channel_weights_calls)):
-            for call in calls():
-                kernels[name].launch(*call)
+        for name, calls in CALLS.items():
+            for arguments, options in calls():
+                kernels[name].launch(*arguments, **options)
     for name, registers in sorted(Compiling.worst.items()):
         print(f"{name:40} at most {registers:3} registers, {Compiling.spills[name]:2} bytes spilled")
     print(f"{len(Compiling.seen)} kernel variants compiled")

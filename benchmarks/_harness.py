@@ -37,6 +37,8 @@ METADATA_KEYS = (
     *("gpu", "driver", "copy_gbps_8mb", "copy_gbps_256mb"),
 )
 ROW_KEYS = ("name", "median_us", "iqr_us", "n", "match", "max_err")
+#: Rows of suites that measure how good a method is rather than how fast: a figure over n draws and its standard error.
+QUALITY_KEYS = ("name", "mean", "standard_error", "n")
 PACKAGES = ("torch", "torchvision", "triton", "numpy", "grad-cam", "torchcam", "captum")
 
 Calls = Mapping[str, Callable[[], Any]]
@@ -205,11 +207,13 @@ def _slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
-def write(suite: str, device: str, rows: Sequence[Mapping[str, Any]], out: Path, **more: Any) -> Path:
-    """Validate and store the rows with the metadata (and `more` of it); returns the path."""
+def write(
+    suite: str, device: str, rows: Sequence[Mapping[str, Any]], out: Path, keys: Sequence[str] = ROW_KEYS, **more: Any
+) -> Path:
+    """Validate (rows have at least `keys`) and store rows with the metadata (and `more` of it); returns the path."""
     facts = metadata(device) | more
     document = _storable({"metadata": facts, "results": list(rows)})
-    validate(document)
+    validate(document, keys)
     machine = _slug(f"{facts['gpu'] or facts['cpu']} {facts['cores']}c {facts['isa'] or 'reference'}")
     path = Path(out) / fastcam.__version__ / f"{suite}--{machine}--{device}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,7 +233,7 @@ def _storable(value: Any) -> Any:
     return value
 
 
-def validate(document: Mapping[str, Any]) -> None:
+def validate(document: Mapping[str, Any], keys: Sequence[str] = ROW_KEYS) -> None:
     """Raise ValueError unless a result document has the shape this module promises."""
     lacking = [key for key in METADATA_KEYS if key not in document["metadata"]]
     if lacking:
@@ -237,9 +241,11 @@ def validate(document: Mapping[str, Any]) -> None:
     if not document["results"]:
         raise ValueError("no rows: does --only match any?")
     for index, entry in enumerate(document["results"]):
-        lacking = [key for key in ROW_KEYS if key not in entry]
+        lacking = [key for key in keys if key not in entry]
         if lacking:
             raise ValueError(f"row {index} lacks {', '.join(lacking)}")
+        if keys is not ROW_KEYS:
+            continue
         if not entry["match"] and entry.get("speedup"):
             raise ValueError(f"row {index} ({entry['name']}) claims a speed-up for wrong results")
         if not entry["median_us"] or entry["median_us"] <= 0:

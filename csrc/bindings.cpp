@@ -1,4 +1,5 @@
-// fastcam._C: facts about this build. The ops themselves are registered with the dispatcher, not bound here.
+// fastcam._C: facts about this build and hashes of weights. The ops themselves are registered with the dispatcher, not
+// bound here.
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
@@ -10,7 +11,9 @@
 #include <string>
 #include <vector>
 
+#include "cpu/fingerprint.h"
 #include "cpu/leaf.h"
+#include "cpu/result_memory.h"
 
 namespace py = pybind11;
 using fastcam::cpu::Isa;
@@ -56,6 +59,12 @@ const auto& ops_at_load() {
   return ops;
 }
 
+// Bytes.
+std::map<std::string, size_t> result_pool() {
+  const auto pool = fastcam::cpu::result_pool();
+  return {{"limit", pool.limit}, {"idle", pool.idle}, {"blocks", pool.blocks}};
+}
+
 py::dict build_config() {
   py::dict config;
   config["torch"] = TORCH_VERSION;
@@ -75,6 +84,7 @@ py::dict build_config() {
   config["threads"] = at::get_num_threads();
   config["parallel_chunks"] = parallel_chunks();
   config["ops"] = ops_at_load();
+  config["result_pool"] = result_pool();
   return config;
 }
 
@@ -86,6 +96,10 @@ PYBIND11_MODULE(_C, m) {
   if (!name.empty() && name != "default" && name != "avx2" && name != "avx512") {
     throw py::value_error("FASTCAM_CPU_ISA must be default, avx2 or avx512, got '" + name + "'");
   }
+  fastcam::cpu::result_pool();  // a bad FASTCAM_RESULT_POOL is an error now, not in the middle of an op
   ops_at_load();
   m.def("build_config", &build_config, "Compiler, instruction sets, threads, torch version and ops of this build.");
+  m.def("result_pool", &result_pool, "Limit of the memory kept for large results, and what of it is idle, in bytes.");
+  m.def("fingerprints", &fastcam::cpu::fingerprints, py::call_guard<py::gil_scoped_release>(),
+        "64-bit hashes of the bytes at each (address, length), which the caller keeps alive.");
 }

@@ -24,6 +24,16 @@ SCHEMAS = {
     ),
     # (B,K,H,W) x (B[,T],K,H,W) -> contiguous (B[,T],K) in the accumulation dtype.
     "channel_weights": '(Tensor features, Tensor multipliers, Tensor? reference=None, str mode="mean") -> Tensor',
+    # (B,C,H,W) x (B,K,h,w) -> (count,C,H,W) in the images' dtype; channels_last where the images are channels_last and
+    # not also contiguous, else contiguous.
+    "mask_by_features": (
+        "(Tensor images, Tensor features, SymInt start=0, SymInt? count=None, *, Tensor? noise=None, float scale=1.0, "
+        'str order="resize_then_minmax") -> Tensor'
+    ),
+    # (B,...), the same, and the same or (1,...) -> as empty_like(multipliers): their dtype and, if dense, strides.
+    "rescale_multipliers": (
+        "(Tensor multipliers, Tensor inputs, Tensor reference, float negative_slope=0.0) -> Tensor"
+    ),
 }
 
 # Kept at module level: a collected Library takes its ops with it.

@@ -29,7 +29,7 @@ from fastcam._library import LIBRARY
 __all__ = ["BACKENDS", "backend", "backends"]
 
 BACKENDS = ("auto", "reference", "cpp", "cuda", "triton")
-SWITCHES = ("FASTCAM_BACKEND", "FASTCAM_STRICT", "FASTCAM_CPU_ISA", "TRITON_INTERPRET")
+SWITCHES = ("FASTCAM_BACKEND", "FASTCAM_STRICT", "FASTCAM_CPU_ISA", "FASTCAM_RESULT_POOL", "TRITON_INTERPRET")
 _AUTO_ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 _LOG = logging.getLogger("fastcam")
 
@@ -88,8 +88,8 @@ def register(name: str, overload: Any, reference: Callable[..., Any]) -> None:
 
 
 def _python_cuda_kernel(name: str) -> Callable[..., Any]:
-    def kernel(*args: Any) -> Any:
-        return (_TABLE.get((name, "cuda", "auto")) or _resolve(name, "cuda", "auto"))(*args)
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        return (_TABLE.get((name, "cuda", "auto")) or _resolve(name, "cuda", "auto"))(*args, **kwargs)
 
     return kernel
 

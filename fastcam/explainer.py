@@ -18,11 +18,10 @@ from fastcam import methods as registry
 from fastcam.methods._maps import finish
 from fastcam.methods._method import CamOptions, Passage, Pixels
 from fastcam.program.capture import CaptureError, capture
-from fastcam.program.cut import Cut, cut
 from fastcam.program.forward import Forward, Session
 from fastcam.program.hooks import hook_session
 from fastcam.program.layers import LayerNotInProgram, check_spatial, find_layer, layer_names
-from fastcam.program.session import Bound
+from fastcam.program.session import Bindings
 from fastcam.program.state import neutral_modes, unwrap
 from fastcam.program.targets import Targets, TargetSpec, resolve_targets
 
@@ -138,14 +137,8 @@ class Explainer:
         self.channels_last = channels_last
         self.compile = compile
         self.pixels = _check_pixels(mean, std)
-        self._bound: weakref.WeakKeyDictionary[Cut, Bound] = weakref.WeakKeyDictionary()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_bound": None}  # made again where it is unpickled
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._bound = weakref.WeakKeyDictionary()
+        dtype = None if precision is None else _PRECISIONS[precision]
+        self._bindings = Bindings(self.model, dtype, channels_last, compile)
 
     def __repr__(self) -> str:
         return f"Explainer({type(self.model).__name__}, {self.method.name!r}, layer={self.layer!r})"
@@ -163,7 +156,7 @@ class Explainer:
     def _explain(self, images: torch.Tensor, targets: TargetSpec) -> Attribution:
         by_index = not callable(targets) or isinstance(targets, torch.Tensor)
         options = self.options
-        passed = self._session(images).forward(images, self.method.needs, by_index)
+        passed = self._session(images).forward(images, options.needed(self.method.needs), by_index)
         resolved = resolve_targets(targets, passed.output, len(images))
         features = passed.features
         if options.reshape_transform is not None:
@@ -186,7 +179,8 @@ class Explainer:
             valid=valid,
             layer=passed.layer,
             method=self.method.name,
-            options=dataclasses.asdict(options) | certainty,
+            # Not `asdict`: it copies, and what a callable is bound to may not be copyable.
+            options={field.name: getattr(options, field.name) for field in dataclasses.fields(options)} | certainty,
             extra=evidence.extra,
         )
 
@@ -204,12 +198,8 @@ class Explainer:
                 feature, name = find_layer(program, self.model, self.layer, images.ndim - 2, reshaped)
         except (CaptureError, LayerNotInProgram) as reason:
             return self._hooked(images, str(reason))
-        dtype = None if self.precision is None else _PRECISIONS[self.precision]
-        # A run that converts the weights may as well fold the batch norms; the plain one gives the model's own bits.
-        made = cut(program, feature, name, folded=dtype is not None or self.channels_last)
-        if made not in self._bound:
-            self._bound[made] = Bound(made, self.model, own, dtype, self.channels_last, self.compile)
-        return self._bound[made].session()
+        # Folding norms into convolutions would take away the biases a method asks for.
+        return self._bindings.session(program, feature, name, own, foldable=self.method.needs != "biases")
 
     def _hooked(self, images: torch.Tensor, reason: str) -> Session:
         unmet = [
@@ -223,7 +213,10 @@ class Explainer:
             if asked
         ]
         if unmet:
-            raise RuntimeError(f"{' and '.join(unmet)} needs a captured network, but {reason}")
+            raise RuntimeError(
+                f"{' and '.join(unmet)} needs a captured network, but {reason}; "
+                "methods by gradients at a layer, like 'grad_cam', do without"
+            )
         if _first_time(self.model, reason):
             log.warning("%s is explained through a forward hook: %s", type(self.model).__name__, reason)
         return hook_session(self.model, self.layer, images, reason)

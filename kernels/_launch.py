@@ -1,4 +1,4 @@
-"""What every Triton launcher needs around its kernels: where it may run, how images lie in memory, result types."""
+"""What every Triton launcher needs around its kernels: where it may run, how tensors lie in memory, result types."""
 
 import contextlib
 
@@ -6,10 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["accumulation", "dense_images", "next_power_of_2", "on_device", "tile_offset", "triton_type"]
+__all__ = [
+    "accumulation", "dense_images", "in_order_of", "is_channels_last", "next_power_of_2", "on_device", "runs",
+    "tile_offset", "triton_type",
+]  # fmt: skip
 
 # Triton reads TRITON_INTERPRET when it decorates a kernel, so the answer is fixed for the life of this process.
 INTERPRETED = triton.knobs.runtime.interpret
+
+SHORT_RUN = 256  # elements; an expanded reference costs less than starting over so often
 
 _TRITON_TYPES = {torch.float32: tl.float32, torch.float64: tl.float64}
 
@@ -48,16 +53,22 @@ def triton_type(dtype: torch.dtype) -> tl.dtype:
     return _TRITON_TYPES[dtype]
 
 
-def dense_images(images: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
+def is_channels_last(images: torch.Tensor) -> bool:
+    """True for channels_last images; any layout that is neither counts as NCHW."""
+    return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+
+
+def dense_images(images: torch.Tensor, channels_last: bool | None = None) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """(N,K,H,W) images and their strides (image, channel, position), in elements.
 
-    NCHW and channels_last are taken as they lie; any other layout costs one copy to NCHW. Rows and columns are one
-    index, the position i * W + j. Strides are computed from the sizes: a size-1 dimension may carry any stride.
+    NCHW and channels_last are taken as they lie, or in the order asked for; any other layout costs one copy. Rows and
+    columns are one index, the position i * W + j. Strides are computed from the sizes: a size-1 dimension may carry
+    any stride.
     """
     _, channels, height, width = images.shape
     positions = height * width
-    if not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last):
-        return images, (channels * positions, 1, channels)
+    if is_channels_last(images) if channels_last is None else channels_last:
+        return images.contiguous(memory_format=torch.channels_last), (channels * positions, 1, channels)
     return images.contiguous(), (channels * positions, positions, 1)
 
 
@@ -65,3 +76,25 @@ def tile_offset(channels: int, positions: int, tile_channels: int, tile_position
     """int32 where every element of a tile lies within 2^31 elements of the tile's first one, in either layout."""
     span = max(tile_channels * positions + tile_positions, tile_positions * channels + tile_channels)
     return tl.int32 if span < 2**31 else tl.int64
+
+
+def runs(out: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, int, int]:
+    """The reference of an elementwise op, in how many runs of the non-empty dense `out` it is read, and their length.
+
+    A reference of batch 1 is read again for every image, a run; it is expanded where images are short or not the
+    outermost dimension.
+    """
+    batch, length = out.shape[0], out.numel() // out.shape[0]
+    if reference.shape[0] == batch:
+        return reference, 1, out.numel()
+    if out.stride(0) == length and length >= SHORT_RUN:
+        return reference, batch, length
+    return reference.expand_as(out), 1, out.numel()
+
+
+def in_order_of(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """x in the memory order of the dense `out`, at least as large in every dimension; a copy if it lies otherwise."""
+    same = all(
+        size == 1 or ours == theirs for size, ours, theirs in zip(x.shape, x.stride(), out.stride(), strict=True)
+    )
+    return x if same else torch.empty_strided(x.shape, out.stride(), dtype=x.dtype, device=x.device).copy_(x)

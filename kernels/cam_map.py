@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _launch
+from . import _launch, _resize
 
 __all__ = ["launch"]
 
@@ -114,40 +114,6 @@ def _relu(value, RELU: tl.constexpr):
 
 
 @triton.jit
-def _scale(size_in, size_out, ACC: tl.constexpr):
-    # The float64 quotient of two small integers, rounded again to float32, is the correctly rounded float32 quotient,
-    # which is what aten computes; `/` on float32 is approximate on GPUs.
-    return (tl.cast(size_in, tl.float64) / tl.cast(size_out, tl.float64)).to(ACC)
-
-
-@triton.jit
-def _source(output, scale, ACC: tl.constexpr):
-    """Source coordinate of an output row or column, align_corners=False."""
-    return tl.maximum((output.to(ACC) + 0.5) * scale - 0.5, 0.0)
-
-
-@triton.jit
-def _first_output(cell, scale, size_out, ACC: tl.constexpr):
-    """First output row (column) whose source lies in source row (column) `cell` or beyond; `size_out` if none does.
-
-    The inverse of `_source` is off by at most one after rounding, so four steps from two below reach the exact answer.
-    """
-    output = tl.ceil((cell.to(ACC) + 0.5) / scale - 0.5).to(tl.int32) - 2
-    output = tl.maximum(output, 0)
-    for _ in tl.static_range(4):
-        output += (_source(output, scale, ACC).to(tl.int32) < cell).to(tl.int32)
-    return tl.minimum(output, size_out)
-
-
-@triton.jit
-def _lerp2(top_left, top_right, low_left, low_right, down, right):
-    """Bilinear value at fractions `down` and `right`, in aten's order of operations."""
-    top = (1.0 - right) * top_left + right * top_right
-    low = (1.0 - right) * low_left + right * low_right
-    return (1.0 - down) * top + down * low
-
-
-@triton.jit
 def _collect(
     partials, raw, stats,
     shares, maps, height, width, out_height, out_width, chunks,
@@ -183,25 +149,11 @@ def _collect(
         top_right = _relu(_combined(partials, row + right, inside, shares, stride, ACC), RELU)
         low_left = _relu(_combined(partials, low_row + j, inside, shares, stride, ACC), RELU)
         low_right = _relu(_combined(partials, low_row + right, inside, shares, stride, ACC), RELU)
-        scale_y = _scale(height, out_height, ACC)
-        scale_x = _scale(width, out_width, ACC)
-        first_y = _first_output(i, scale_y, out_height, ACC)
-        last_y = _first_output(i + 1, scale_y, out_height, ACC) - 1
-        first_x = _first_output(j, scale_x, out_width, ACC)
-        last_x = _first_output(j + 1, scale_x, out_width, ACC) - 1
-        seen = inside & (last_y >= first_y) & (last_x >= first_x)
-        y0 = _source(first_y, scale_y, ACC) - i
-        y1 = _source(last_y, scale_y, ACC) - i
-        x0 = _source(first_x, scale_x, ACC) - j
-        x1 = _source(last_x, scale_x, ACC) - j
-        a = _lerp2(value, top_right, low_left, low_right, y0, x0)
-        b = _lerp2(value, top_right, low_left, low_right, y0, x1)
-        c = _lerp2(value, top_right, low_left, low_right, y1, x0)
-        d = _lerp2(value, top_right, low_left, low_right, y1, x1)
-        least = tl.minimum(tl.minimum(a, b), tl.minimum(c, d))
-        greatest = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
-        tl.store(stats + 3 * stride_stats, tl.min(tl.where(seen, least, infinity), axis=0))
-        tl.store(stats + 4 * stride_stats, tl.max(tl.where(seen, greatest, -infinity), axis=0))
+        least, greatest = _resize.cell_extremes(
+            value, top_right, low_left, low_right, i, j, inside, height, width, out_height, out_width, ACC
+        )
+        tl.store(stats + 3 * stride_stats, tl.min(least, axis=0))
+        tl.store(stats + 4 * stride_stats, tl.max(greatest, axis=0))
 
 
 @triton.jit
@@ -221,8 +173,8 @@ def _write(
     mask = (y < out_height)[:, None] & (x < out_width)[None, :]
     raw += image * height * width
     if RESIZE:
-        source_y = _source(y, _scale(height, out_height, ACC), ACC)
-        source_x = _source(x, _scale(width, out_width, ACC), ACC)
+        source_y = _resize.source(y, _resize.axis_scale(height, out_height, ACC), ACC)
+        source_x = _resize.source(x, _resize.axis_scale(width, out_width, ACC), ACC)
         i = tl.minimum(source_y.to(tl.int32), height - 1)
         j = tl.minimum(source_x.to(tl.int32), width - 1)
         row = (i * width)[:, None]
@@ -232,7 +184,9 @@ def _write(
         top_right = tl.load(raw + row + right, mask=mask, other=0.0)
         low_left = tl.load(raw + low_row + j[None, :], mask=mask, other=0.0)
         low_right = tl.load(raw + low_row + right, mask=mask, other=0.0)
-        value = _lerp2(top_left, top_right, low_left, low_right, (source_y - i)[:, None], (source_x - j)[None, :])
+        value = _resize.lerp2(
+            top_left, top_right, low_left, low_right, (source_y - i)[:, None], (source_x - j)[None, :]
+        )
     else:
         value = tl.load(raw + y[:, None] * width + x[None, :], mask=mask, other=0.0)
 
@@ -263,26 +217,11 @@ def _write(
             least = raw_least
             greatest = raw_greatest
         flat = (raw_least == raw_greatest) | (least == greatest)
-        extent = tl.where(flat, 1.0, greatest - least)
-        # Rounding may put a value between two corners of a cell an ulp outside them: clamp.
-        value = tl.minimum(tl.maximum(_divide(value - least, extent, ACC), 0.0), 1.0)
-        value = tl.where(flat, 0.0, value)
-        value = tl.where(finite > 0, value, float("nan"))
+        value = _resize.scaled(value, least, tl.where(flat, 0.0, greatest - least), finite, ACC)
     out = (image * out_height + y)[:, None] * out_width + x[None, :]
     tl.store(maps_out + out, value, mask=mask)
     if (row_tile == 0) & (column_tile == 0):
         tl.store(finite_out + image, (finite > 0).to(tl.uint8))
-
-
-@triton.jit
-def _divide(numerator, denominator, ACC: tl.constexpr):
-    # The greatest value must give exactly 1, which the approximate float32 division does not promise.
-    if ACC.primitive_bitwidth == 32:
-        numerator, denominator = tl.broadcast(numerator, denominator)
-        quotient = tl.math.div_rn(numerator, denominator)
-    else:
-        quotient = numerator / denominator
-    return quotient
 
 
 def reduce_config(channels: int, positions: int, targets: int, stride_channel: int, per_position: bool) -> tuple:

@@ -104,6 +104,12 @@ def test_strict_raises_instead_of_falling_back(no_extension, monkeypatch):
         ops.cam_map(A, W)
 
 
+def test_python_kernel_on_the_cuda_key_hands_keywords_on(monkeypatch):
+    monkeypatch.setattr(backends, "_TABLE", {("mask_by_features", "cuda", "auto"): lambda *a, **k: (a, k)})
+    kernel = backends._python_cuda_kernel("mask_by_features")
+    assert kernel(1, 2, scale=0.5) == ((1, 2), {"scale": 0.5})
+
+
 def test_unknown_name_gets_the_closest_match():
     with (
         pytest.raises(ValueError, match=r"unknown backend 'refrence', expected one of .* did you mean 'reference'\?"),
@@ -136,7 +142,7 @@ def test_choice_belongs_to_its_task():
 def test_report_says_what_auto_would_take_and_why_not_the_others():
     report = fastcam.backends()
     json.dumps(report)
-    for op in ("cam_map", "channel_weights"):
+    for op in ("cam_map", "channel_weights", "mask_by_features", "rescale_multipliers"):
         entry = report["ops"][op]["cpu"]
         assert entry["auto"] == ("reference" if _extension.why_not() else "cpp")
         assert set(entry["reasons"]) | {entry["auto"], "reference"} >= {"cpp"}

@@ -38,7 +38,8 @@ def test_build_config_tells_the_facts():
     assert config["isas"][0] == "default"
     assert config["compiler"].split()[0] in ("gcc", "clang")
     assert config["threads"] == torch.get_num_threads()
-    assert set(config["ops"]["CPU"]) >= {"cam_map.with_raw", "channel_weights"}
+    ops = {"cam_map.with_raw", "channel_weights", "mask_by_features", "rescale_multipliers"}
+    assert set(config["ops"]["CPU"]) >= ops
     assert config["cuda"] == bool(config["ops"]["CUDA"])
 
 

@@ -13,6 +13,8 @@
 #include "cpu/cam_map_finish.h"
 #include "cpu/cam_map_reduce.h"
 #include "cpu/layout.h"
+#include "cpu/resampling.h"
+#include "cpu/result_memory.h"
 #include "ops.h"
 
 namespace fastcam::cpu {
@@ -67,21 +69,6 @@ struct Options {
   int64_t height, width;  // of the maps
 };
 
-// Where each output index reads, per axis.
-template <typename A>
-struct Resampling {
-  std::vector<int32_t> first, second;
-  std::vector<A> share;
-  int64_t in;
-
-  Resampling(int64_t in, int64_t out) : first(out), second(out), share(out), in(in) {
-    fill_axis(in, out, first.data(), second.data(), share.data());
-  }
-  Axis<A> axis() const {
-    return {first.data(), second.data(), share.data(), in, static_cast<int64_t>(share.size())};
-  }
-};
-
 template <typename S>
 struct Computation {
   using A = Accumulate<S>;
@@ -116,7 +103,7 @@ struct Computation {
 
   void finish(int64_t begin, int64_t end) const {
     const bool resized = options.height != x.height || options.width != x.width;
-    const int64_t row_stride = (options.width + 15) / 16 * 16, area = options.height * options.width;
+    const int64_t row_stride = stretched_stride(options.width), area = options.height * options.width;
     const std::unique_ptr<A[]> stretched(resized ? new A[x.height * row_stride] : nullptr);
     for (int64_t map = begin; map < end; ++map) {
       FinishArgs<A> args;
@@ -202,10 +189,9 @@ std::tuple<Tensor, Tensor, Tensor> cam_map(const Tensor& features, const Tensor&
   if (has_targets) shape.push_back(x.targets);
   Tensor finite = at::empty(shape, features.options().dtype(at::kBool));
   shape.insert(shape.end(), {x.height, x.width});
-  Tensor raw = at::empty(shape, features.options().dtype(acc));
+  Tensor raw = empty_result(shape, acc);
   *(shape.end() - 2) = options.height, shape.back() = options.width;
-  Tensor maps = at::empty(shape, features.options().dtype(acc));
-  advise_huge_pages(maps);
+  Tensor maps = empty_result(shape, acc);
   if (x.batch == 0 || x.targets == 0) return {maps, raw, finite};
 
   // Multipliers in the accumulation type beside half features: widen the features rather than lose the digits.

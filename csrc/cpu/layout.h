@@ -66,12 +66,12 @@ inline Images as_shared_images(const at::Tensor& x, bool channels_last) {
 
 // Large results are mostly fresh mappings (glibc never recycles 32 MiB and more), and faulting them in by 4 KiB pages can
 // take far longer than computing them. A hint: where huge pages are off nothing changes.
-inline void advise_huge_pages(const at::Tensor& fresh) {
+inline void advise_huge_pages(const void* fresh, size_t size) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = uintptr_t{2} << 20;
-  if (fresh.nbytes() < 2 * kHuge) return;
-  const auto begin = reinterpret_cast<uintptr_t>(fresh.const_data_ptr());
-  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = (begin + fresh.nbytes()) / kHuge * kHuge;
+  if (size < 2 * kHuge) return;
+  const auto begin = reinterpret_cast<uintptr_t>(fresh);
+  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = (begin + size) / kHuge * kHuge;
   madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
 }

@@ -1,5 +1,5 @@
-// What the CPU leaf loops share: vectors of a chosen width, loads that widen to the accumulation type, and one build of
-// every leaf per instruction set.
+// What the CPU leaf loops share: vectors of a chosen width, loads that widen to the accumulation type and stores that
+// narrow from it, and one build of every leaf per instruction set.
 //
 // A leaf is a struct with `template <int BYTES> static void body(const Args&)`, always inlined, where BYTES is the vector
 // width. run<Leaf>(args) calls it inside a function compiled for the chosen instruction set: any CPU (16 bytes), AVX2
@@ -128,6 +128,33 @@ FASTCAM_INLINE Vector<Accumulate<S>, N> load(const S* p) {
   }
 }
 
+// N values as S stores them: rounded to nearest, ties to even; NaN stays NaN. Vectors of bits for the two half types.
+template <typename S, int N>
+FASTCAM_INLINE auto narrow(Vector<Accumulate<S>, N> v) {
+  if constexpr (std::is_same_v<S, float> || std::is_same_v<S, double>) {
+    return v;
+  } else {
+    using U = Vector<uint32_t, N>;
+    using F = Vector<float, N>;
+    const U bits = reinterpret_cast<U>(v), magnitude = bits & 0x7fffffffu;
+    U narrowed;
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+      narrowed = magnitude > 0x7f800000u ? U{} + 0x7fc0u : rounded;
+    } else {
+      // 4 |v|, infinite from |v| = 2^16 on, is rounded by adding it to the power of two whose last bit is worth the last one of
+      // |v| as a half, times 4; for all subnormal halves that is the least normal one's. Integer code again.
+      const F scaled = reinterpret_cast<F>(magnitude) * 0x1p112f * 0x1p-110f;
+      const U doubled = magnitude + magnitude, exponent = doubled & 0xff000000u;
+      const U floored = exponent < 0x71000000u ? U{} + 0x71000000u : exponent;
+      const U sum = reinterpret_cast<U>(reinterpret_cast<F>((floored >> 1) + 0x07800000u) + scaled);
+      const U rounded = ((sum >> 13) & 0x7c00u) + (sum & 0x0fffu);
+      narrowed = ((bits >> 16) & 0x8000u) | (magnitude > 0x7f800000u ? U{} + 0x7e00u : rounded);
+    }
+    return __builtin_convertvector(narrowed, Vector<uint16_t, N>);
+  }
+}
+
 // The first n of N values from p, zeros after them; reads nothing beyond.
 template <int N, typename S>
 FASTCAM_INLINE Vector<Accumulate<S>, N> load_first(const S* p, int64_t n) {
@@ -136,15 +163,17 @@ FASTCAM_INLINE Vector<Accumulate<S>, N> load_first(const S* p, int64_t n) {
   return load<N>(padded);
 }
 
-template <int N, typename T>
-FASTCAM_INLINE void store(T* p, Vector<T, N> v) {
-  *reinterpret_cast<typename VectorOf<T, N>::unaligned*>(p) = v;
+template <int N, typename S>
+FASTCAM_INLINE void store(S* p, Vector<Accumulate<S>, N> v) {
+  using Raw = std::conditional_t<sizeof(S) == 2, uint16_t, S>;
+  *reinterpret_cast<typename VectorOf<Raw, N>::unaligned*>(p) = narrow<S, N>(v);
 }
 
-template <int N, typename T>
-FASTCAM_INLINE void store_first(T* p, Vector<T, N> v, int64_t n) {
+template <int N, typename S>
+FASTCAM_INLINE void store_first(S* p, Vector<Accumulate<S>, N> v, int64_t n) {
   if (n >= N) return store<N>(p, v);
-  std::memcpy(p, &v, n * sizeof(T));
+  const auto raw = narrow<S, N>(v);
+  std::memcpy(p, &raw, n * sizeof(S));
 }
 
 template <int N, typename V>

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "formulas.h"
 
@@ -28,7 +29,19 @@ __device__ __forceinline__ double widen(double x) { return x; }
 __device__ __forceinline__ float widen(__half x) { return __half2float(x); }
 __device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
 
-// V neighbouring elements, moved by the widest loads their 16-byte (or smaller) alignment allows.
+// Rounded to the nearest element, ties to even.
+template <typename T>
+__device__ __forceinline__ T narrow(Accumulate<T> x) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(x);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(x);
+  } else {
+    return x;
+  }
+}
+
+// V neighbouring elements, moved by the widest loads and stores their 16-byte (or smaller) alignment allows.
 template <typename T, int V>
 struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
   T v[V];
@@ -37,6 +50,11 @@ struct alignas(sizeof(T) * V < 16 ? sizeof(T) * V : 16) Pack {
 template <int V, typename T>
 __device__ __forceinline__ Pack<T, V> load(const T* __restrict__ p) {
   return *reinterpret_cast<const Pack<T, V>*>(p);
+}
+
+template <int V, typename T>
+__device__ __forceinline__ void store(T* __restrict__ p, const Pack<T, V>& values) {
+  *reinterpret_cast<Pack<T, V>*>(p) = values;
 }
 
 template <typename T>

@@ -5,12 +5,9 @@
 
 #include <tuple>
 
-namespace fastcam::cuda {
+#include "ops.h"
 
-// True for channels_last features; any layout that is neither becomes NCHW.
-inline bool is_channels_last(const at::Tensor& features) {
-  return !features.is_contiguous() && features.is_contiguous(at::MemoryFormat::ChannelsLast);
-}
+namespace fastcam::cuda {
 
 // (B,K,H,W) or (B,T,K,H,W) as dense images in the given order; copies only what does not lie so.
 inline at::Tensor dense_images(const at::Tensor& x, bool channels_last) {

@@ -1,11 +1,12 @@
-"""Float64 oracles, inputs and tolerances of `cam_map` and `channel_weights`, for tests of any implementation.
+"""Float64 oracles, inputs and tolerances of every op, for tests of any implementation.
 
 The oracles are the written formulas: sums over materialised products, resizing by explicit interpolation matrices. They
 share no code with the references or the kernels.
 
 Tolerances follow the arithmetic. With eps of the accumulation type, a sum of products is allowed 8 eps times the sum
 of the products' magnitudes (chains of additions are at most about a hundred long, and errors add up like their root),
-and a scaled map that error, plus a few roundings of its values, divided by its range.
+and a scaled map that error, plus a few roundings of its values, divided by its range. Elementwise results are allowed 4
+eps of their factors and one rounding to the result's type.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "LAYOUTS", "cam_map_oracle", "channel_weights_oracle", "check_cam_map", "check_channel_weights", "features_like",
+    "LAYOUTS", "cam_map_oracle", "channel_weights_oracle", "check_cam_map", "check_channel_weights",
+    "check_mask_by_features", "check_rescale_multipliers", "features_like", "mask_by_features_oracle",
+    "rescale_multipliers_oracle",
 ]  # fmt: skip
 
 #: name -> function that returns the same values in another memory layout
@@ -143,6 +146,74 @@ def check_channel_weights(got: Tensor, *arguments: Any) -> None:
     assert (got.dtype, got.shape) == (acc, want.shape)
     assert got.is_contiguous()
     _within(got, want, error * torch.finfo(acc).eps, "coefficients")
+
+
+def mask_by_features_oracle(
+    images: Tensor, features: Tensor, start: int = 0, count: int | None = None, *, noise: Tensor | None = None,
+    scale: float = 1.0, order: str = "resize_then_minmax",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(masked images, error) in float64 on the CPU, pair by pair."""
+    x, f = images.cpu().double(), features.cpu().double()
+    (_, _, height, width), (b, k, h, w) = x.shape, f.shape
+    count = b * k - start if count is None else count
+    eps = torch.finfo(torch.float64 if images.dtype == torch.float64 else torch.float32).eps
+    down, right = _interpolation(h, height), _interpolation(w, width)
+    results, errors = torch.empty(2, count, *x.shape[1:], dtype=torch.float64)
+    for row in range(count):
+        image, channel = divmod(start + row, k)
+        raw = f[image, channel]
+        u = down @ raw @ right.T
+        extent, resized_extent = (v.max() - v.min() for v in (raw, u))
+        # Source coordinates are rounded too, by eps times the map's size: values move by at most the extent a position.
+        moved = 4 * eps * max(h, w) * extent + 8 * eps * raw.abs().max()
+        if not raw.isfinite().all():
+            mask, error = torch.full_like(u, torch.nan), 0.0
+        elif extent == 0 or (order == "resize_then_minmax" and (resized_extent == 0 or height * width == 1)):
+            mask, error = torch.zeros_like(u), 0.0
+        elif order == "resize_then_minmax":
+            mask, error = (u - u.min()) / resized_extent, float(moved / resized_extent) + 4 * eps
+        else:
+            mask, error = down @ ((raw - raw.min()) / extent) @ right.T, (4 * max(h, w) + 8) * eps
+        added = torch.zeros_like(u) if noise is None else noise[row].cpu().double()
+        results[row] = x[image] * scale * (mask + added)
+        errors[row] = (x[image] * scale).abs() * (error + 4 * eps * (mask.abs() + added.abs()))
+    # One rounding to the result's type; an interpreted bfloat16 store rounds by up to a whole unit.
+    info = torch.finfo(images.dtype)
+    return results, errors + info.eps * results.abs() + info.tiny * info.eps
+
+
+def check_mask_by_features(got: Tensor, images: Tensor, *arguments: Any, **options: Any) -> None:
+    """Shape, dtype, layout, NaN and values of the masked images for these arguments of the op."""
+    want, error = mask_by_features_oracle(images, *arguments, **options)
+    assert (got.dtype, got.shape) == (images.dtype, want.shape)
+    last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+    assert got.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    _within(got, want, error, "masked images")
+
+
+def rescale_multipliers_oracle(
+    multipliers: Tensor, inputs: Tensor, reference: Tensor, negative_slope: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(result, error in units of eps) in float64 on the CPU."""
+    g, u, r = (x.cpu().double() for x in (multipliers, inputs, reference))
+    r = r.expand_as(u)
+    low, high = torch.minimum(u, r), torch.maximum(u, r)  # s is symmetric; both hand NaN on
+    # The share of the step from low to high on the negative side: infinity has none, and NaN fails both comparisons.
+    step = (high - low).nan_to_num(posinf=torch.nan, nan=torch.nan)
+    share = torch.where(low > 0, 0.0, torch.where(high <= 0, 1.0, -low / step))
+    return g * (1 + share * (negative_slope - 1)), 4 * g.abs() * max(1.0, abs(negative_slope))
+
+
+def check_rescale_multipliers(got: Tensor, *arguments: Any) -> None:
+    """Shape, dtype, layout and values of the multipliers for these arguments of the op."""
+    multipliers, inputs, *_ = arguments
+    want, error = rescale_multipliers_oracle(*arguments)
+    assert (got.dtype, got.shape) == (multipliers.dtype, inputs.shape)
+    assert got.stride() == torch.empty_like(multipliers).stride()
+    acc = torch.float64 if inputs.dtype == torch.float64 else torch.float32
+    out = torch.finfo(got.dtype)
+    error = error * torch.finfo(acc).eps + want.abs() * out.eps + out.smallest_normal * out.eps
+    _within(got, want, error, "multipliers")
 
 
 def _within(got: Tensor, want: Tensor, error: Tensor, name: str) -> None:

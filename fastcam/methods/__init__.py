@@ -6,7 +6,23 @@ import dataclasses
 import difflib
 from typing import Any
 
-from . import a_fmi, cam, deep_lift, eigen_cam, grad_cam, grad_cam_pp, hires_cam, layer_cam, lift_cam, xgrad_cam
+from . import (
+    a_fmi,
+    ablation_cam,
+    cam,
+    deep_lift,
+    eigen_cam,
+    full_grad,
+    grad_cam,
+    grad_cam_pp,
+    hires_cam,
+    layer_cam,
+    lift_cam,
+    score_cam,
+    shap_cam,
+    smooth_grad_cam_pp,
+    xgrad_cam,
+)
 from ._method import CamOptions, Evidence, Method, Passage
 
 __all__ = ["CamOptions", "Evidence", "Method", "Passage", "get", "methods"]
@@ -19,11 +35,18 @@ _METHODS: dict[str, Method] = {
         cam.METHOD,
         grad_cam.METHOD,
         grad_cam_pp.METHOD,
+        smooth_grad_cam_pp.METHOD,
         xgrad_cam.METHOD,
         hires_cam.METHOD,
         layer_cam.METHOD,
         eigen_cam.EIGEN_CAM,
         eigen_cam.EIGEN_GRAD_CAM,
+        score_cam.SCORE_CAM,
+        score_cam.SS_CAM,
+        score_cam.IS_CAM,
+        ablation_cam.METHOD,
+        shap_cam.METHOD,
+        full_grad.METHOD,
         deep_lift.METHOD,
     )
 }

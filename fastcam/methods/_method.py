@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -30,6 +30,10 @@ class MethodOptions:
 
     reshape_transform: Callable[[Tensor], Tensor] | None = None
     on_nonfinite: Literal["raise", "mask"] | None = None
+
+    def needed(self, usual: Needs) -> Needs:
+        """What the formula reads under these options, where `Method.needs` is what it usually does."""
+        return usual
 
     def __post_init__(self) -> None:
         if self.on_nonfinite not in (None, "raise", "mask"):
@@ -129,6 +133,20 @@ class Passage:
         """d score / d features, (B, K, *spatial) or (B, T, K, *spatial); stride 0 over positions on closed heads."""
         return self._reshaped(self._forward.gradients(self.targets))
 
+    @property
+    def columns(self) -> int:
+        """Targets an image."""
+        indices = self.targets.indices
+        return indices.shape[1] if indices is not None and indices.ndim == 2 else 1
+
+    def full_gradients(self, visits: Sequence[Callable[[Tensor, bool], None]]) -> Tensor:
+        """`gradients`, and on the way every bias x gradient, told to the visitor of its target column.
+
+        visits  for each target of an image: called with a product, and whether it is a feature map (B, K, *spatial) or
+                something else (B, n)
+        """
+        return self._reshaped(self._forward.full_gradients(self.targets, visits))
+
     def reference(self, features: Tensor | None = None) -> Reference:
         """A reference of features as the layer gives them, (1 or B, ...); None: zeros, one for all images."""
         if features is None:
@@ -150,15 +168,19 @@ class Passage:
         features = reference.features
         return found, features if self._reshape is None else self._reshape(features)
 
-    def output_of(self, images: Tensor) -> Any:
-        """The model's output for other images."""
-        return self._forward.session.output(images)
+    def output_of(self, images: Tensor, folded: bool = False) -> Any:
+        """The model's output for other images; `folded`: by the fastest way that is equal to rounding."""
+        return self._forward.session.output(images, folded)
 
     def again(self, images: Tensor, options: MethodOptions) -> Passage:
         """Another pass, for the same targets, on images of the same shape, ready for gradients."""
         passed = self._forward.session.forward(images, "gradients", self.targets.indices is not None)
         features = passed.features if self._reshape is None else self._reshape(passed.features)
         return Passage(passed, images, features, self.targets, options, self.pixels)
+
+    def release(self) -> None:
+        """Give up what was recorded for gradients, for methods that will take them from other passes."""
+        self._forward.release()
 
     def output_with(self, features: Tensor, rows: Tensor) -> Any:
         """The output with other features (n, K, *spatial) in the place of those of images `rows` (n,)."""
@@ -220,7 +242,8 @@ class Method:
     summary    one line
     source     paper and equation
     evidence   the formula
-    needs      what the formula reads beside features and scores: "features" (nothing), "gradients", "multipliers"
+    needs      what the formula reads beside features and scores: "features" (nothing), "closed_form" (gradients, where
+               `Passage.linear`), "gradients", "biases" (gradients, of all biases too), "multipliers", "parts"
     options    the dataclass of its options, defaults included
     pixels     whether layer=None means the input pixels rather than the last feature map
     signed     whether normalised maps are divided by their largest magnitude, to [-1, 1], rather than min-max scaled

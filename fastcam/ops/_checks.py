@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,18 +12,15 @@ from torch import Tensor
 from fastcam._dtypes import ACCUMULATION, accumulation_dtype
 
 
-def check_features(op: str, features: Tensor) -> None:
-    """A strided floating (B,K,H,W) tensor with K, H and W at least 1."""
-    check_tensor(op, "features", features)
+def check_features(op: str, features: Tensor, name: str = "features", shape: str = "(B,K,H,W)") -> None:
+    """A strided floating tensor of four dimensions, all but the first at least 1."""
+    check_tensor(op, name, features)
     if features.dim() != 4:
-        raise ValueError(f"{op}: features must be (B,K,H,W), got {features.dim()} dimensions: {tuple(features.shape)}")
-    if features.dtype not in ACCUMULATION:
-        raise TypeError(
-            f"{op}: features must be float64, float32, float16 or bfloat16, got {features.dtype}; convert with .float()"
-        )
+        raise ValueError(f"{op}: {name} must be {shape}, got {features.dim()} dimensions: {tuple(features.shape)}")
+    check_dtype(op, name, features)
     if 0 in features.shape[1:]:
         raise ValueError(
-            f"{op}: features need at least one channel, row and column, got (B,K,H,W) = {tuple(features.shape)}"
+            f"{op}: {name} need at least one channel, row and column, got {shape} = {tuple(features.shape)}"
         )
 
 
@@ -34,27 +32,41 @@ def check_tensor(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be a strided tensor, got layout {value.layout}; convert with .to_dense()")
 
 
-def check_companion(op: str, name: str, value: Tensor, features: Tensor, *, or_accumulation: bool) -> None:
+def check_dtype(op: str, name: str, value: Tensor) -> None:
+    """One of the dtypes kernels take."""
+    if value.dtype not in ACCUMULATION:
+        raise TypeError(
+            f"{op}: {name} must be float64, float32, float16 or bfloat16, got {value.dtype}; convert with .float()"
+        )
+
+
+def check_companion(
+    op: str, name: str, value: Tensor, features: Tensor, *, or_accumulation: bool, of: str = "features"
+) -> None:
     """A tensor on the features' device, in their dtype or (where allowed) their accumulation dtype."""
     check_tensor(op, name, value)
     if value.device != features.device:
-        raise ValueError(
-            f"{op}: {name} is on {value.device}, features on {features.device}; both must be on one device"
-        )
+        raise ValueError(f"{op}: {name} is on {value.device}, {of} on {features.device}; both must be on one device")
     acc = accumulation_dtype(features.dtype)
     if value.dtype != features.dtype and not (or_accumulation and value.dtype == acc):
         also = f" or {acc}" if or_accumulation and acc != features.dtype else ""
-        raise TypeError(f"{op}: {name} must be {features.dtype}{also} like the features, got {value.dtype}")
+        raise TypeError(f"{op}: {name} must be {features.dtype}{also} like the {of}, got {value.dtype}")
 
 
-def check_reference(op: str, reference: Tensor | None, features: Tensor) -> None:
-    """None, or (B,K,H,W) or (1,K,H,W) with the features' dtype and device."""
+def check_same_shape(op: str, name: str, value: Tensor, features: Tensor, *, of: str = "features") -> None:
+    """A value for every element of the features."""
+    if value.shape != features.shape:
+        raise ValueError(f"{op}: {name} must be {tuple(features.shape)} like the {of}, got {tuple(value.shape)}")
+
+
+def check_reference(op: str, reference: Tensor | None, features: Tensor, *, of: str = "features") -> None:
+    """None, or the features' shape, with their batch or batch 1, in their dtype and on their device."""
     if reference is None:
         return
-    check_companion(op, "reference", reference, features, or_accumulation=False)
+    check_companion(op, "reference", reference, features, or_accumulation=False, of=of)
     if reference.shape[1:] != features.shape[1:] or reference.shape[0] not in (1, features.shape[0]):
         raise ValueError(
-            f"{op}: reference must be {tuple(features.shape)} like the features or have batch 1, "
+            f"{op}: reference must be {tuple(features.shape)} like the {of} or have batch 1, "
             f"got {tuple(reference.shape)}"
         )
 
@@ -79,12 +91,20 @@ def check_size(op: str, size: Sequence[int] | None) -> None:
             raise ValueError(f"{op}: size must hold two positive integers, got {tuple(size)}")
 
 
-def check_mode(op: str, mode: str, modes: Sequence[str]) -> None:
-    """One of the known modes."""
+def check_finite(op: str, name: str, value: float) -> None:
+    """A finite number."""
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: {name} must be a finite float, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{op}: {name} must be a finite float, got {value}")
+
+
+def check_mode(op: str, mode: str, modes: Sequence[str], name: str = "mode") -> None:
+    """One of the known modes (or of another choice called `name`)."""
     if mode not in modes:
         close = difflib.get_close_matches(str(mode), modes, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"{op}: unknown mode {mode!r}, expected one of {', '.join(modes)}{hint}")
+        raise ValueError(f"{op}: unknown {name} {mode!r}, expected one of {', '.join(modes)}{hint}")
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -99,6 +119,12 @@ def refuse_grad(op: str, *tensors: Tensor | None) -> None:
             f"torch.ops.fastcam.{op} is not differentiable; call fastcam.ops.{op}, detach the inputs, "
             "or call under torch.no_grad()"
         )
+
+
+def check_no_grad(op: str, *tensors: Tensor | None) -> None:
+    """For an op without a gradient, however it is called."""
+    if needs_grad(*tensors):
+        raise RuntimeError(f"fastcam.ops.{op} is not differentiable; detach the inputs, or call under torch.no_grad()")
 
 
 def spatially_constant(tensor: Tensor) -> bool:

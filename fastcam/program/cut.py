@@ -8,12 +8,14 @@ from typing import Any
 from torch import Tensor
 
 from .affine import AffineHead, analyse
+from .biases import Biases
 from .capture import Program
 from .execute import Schedule
 from .fold import fold_norms
 from .multipliers import Walk
 from .nodes import LEAVES, op_name
 from .rescale import known
+from .reveal_cancel import SignedWalk
 
 __all__ = ["Cut", "cut"]
 
@@ -36,8 +38,7 @@ class Cut:
     head     everything from the feature map to the output
     affine   the head's closed form, or None
     sizes    values that enter the head beside the features and are the batch size
-    bypass   values that enter the head, or are outputs, beside the features and follow from the images: connections
-             around the layer
+    bypass   values beside the features that follow from the images and enter the head, or are outputs
     """
 
     def __init__(self, program: Program, feature: int, layer: str, packed: bool = False):
@@ -59,8 +60,8 @@ class Cut:
         reads_images = any(program.input in node.refs() for node in self._head_nodes) and feature != program.input
         images = program.descendants(program.input)
         self.sizes = frozenset(ref for ref in crossing & images if op_name(program.nodes[ref].target) == "sym_size")
-        early = frozenset(ref for ref in outputs - head - {feature} if program.nodes[ref].kind not in LEAVES)
-        self.bypass = ((crossing | early) & images - self.sizes) | ({program.input} if reads_images else set())
+        aside = outputs - head - {feature}  # outputs that do not follow from the features
+        self.bypass = ((crossing | aside) & images - self.sizes) | ({program.input} if reads_images else set())
         survive = crossing | {feature} | (outputs - head)
         self.trunk = Schedule(program, before, survive, in_place=True, packed=packed)
         self.head = Schedule(program, head, outputs | {feature}, in_place=True, packed=packed)
@@ -70,9 +71,11 @@ class Cut:
         # image, and the rest is the batch size: `analyse` lets nothing else enter an affine head.
         rearranged = program.ancestors(crossing - self.sizes) if not self.bypass else set()
         self._probe = Schedule(program, head | rearranged, outputs, in_place=False)
-        self._crossing = crossing | early
+        self._entering = crossing | aside | self.bypass
         self._packed = packed
         self._walk: tuple[int, Walk] | None = None
+        self._signed: tuple[int, SignedWalk] | None = None
+        self._biases: Biases | None = None
 
     def walk(self) -> Walk:
         """The way back through the head; UnsupportedOpError where a step has no Rescale rule."""
@@ -82,9 +85,22 @@ class Cut:
             self._walk = (rules, made)
         return self._walk[1]
 
+    def signed_walk(self) -> SignedWalk:
+        """The way of positive and negative parts; UnsupportedOpError where a step has no RevealCancel rule."""
+        rules = known()
+        if self._signed is None or self._signed[0] != rules:
+            self._signed = (rules, SignedWalk(self.program, self.feature, self._head_nodes, self.sizes))
+        return self._signed[1]
+
+    def biases(self) -> Biases:
+        """What the head adds on the way to the outputs."""
+        if self._biases is None:
+            self._biases = Biases(self.program, self.feature, self._head_nodes)
+        return self._biases
+
     def entering(self, values: Mapping[int, Any]) -> dict[int, Any]:
         """What enters the head beside the features and weights, out of the trunk's values."""
-        return {index: values[index] for index in self._crossing | self.bypass if index in values}
+        return {index: values[index] for index in self._entering if index in values}
 
     def run_probe(self, probe: Tensor, leaves: dict[int, Any]) -> Tensor:
         """The output of a head without bypass on made-up features, whose batch size replaces the real one."""

@@ -10,13 +10,12 @@ from torch import nn
 
 from .capture import Program
 from .freshness import Freshness
-from .nodes import ACTIVATIONS, LEAVES, Node, Ref, map_refs, op_name, refs_in
+from .nodes import ACTIVATIONS, FRESH, LEAVES, Node, Ref, map_refs, op_name, refs_in
 from .packed import PackedConvolution
+from .tails import find_tails
 
 __all__ = ["Schedule", "Weights"]
 
-#: Kinds whose operators always return fresh memory, so that their result may be overwritten once it is no longer read.
-_FRESH = frozenset({"conv", "linear", "norm", "add", "mul", "activation"})
 _IN_PLACE = ACTIVATIONS | {"add", "sub", "mul", "div"}
 
 
@@ -90,7 +89,8 @@ class Schedule:
     indices   nodes to run; leaves among them are expected to be given
     keep      values that must survive the run
     in_place  overwrite inputs nobody reads any more (only without autograd); results are the same, peak memory lower
-    packed    run convolutions on weights kept in oneDNN's own order, with the ReLU behind them (only without autograd)
+    packed    run convolutions on weights kept in oneDNN's own order, with residuals and ReLUs behind them inside
+              (only without autograd)
     """
 
     def __init__(
@@ -107,28 +107,42 @@ class Schedule:
         made = {node.index for node in chosen}
         kept_storage = {program.storage[i] for i in keep}
         self._steps: list[tuple[int, Callable[..., Any], tuple[Any, ...], dict[str, Any], tuple[int, ...], Node]] = []
-        rectified = _followed_by_relu(chosen, keep) if packed else {}
-        fused = set(rectified.values())
+        # Tails run earlier than their nodes would, never later, so a last reader stays one.
+        tails = find_tails(program, chosen, keep) if packed else {}
+        fused = {index for tail in tails.values() for index in tail.nodes}
+        added = {index: tail.other for index, tail in tails.items() if tail.other is not None}
+        last.update({other: index for index, other in added.items()})
         for node in chosen:
             if node.index in fused:
                 continue
             function: Callable[..., Any] = node.target
+            kwargs, result = node.kwargs, node.index
             if packed and op_name(node.target) == "conv2d":
-                function = PackedConvolution(relu=node.index in rectified)
+                tail = tails.get(node.index)
+                function = PackedConvolution(relu=tail is not None and tail.relu)
+                result = tail.nodes[-1] if tail is not None else result
+                kwargs = kwargs | ({"other": Ref(added[node.index])} if node.index in added else {})
             elif in_place:
                 function = self._overwriting(program, node, made, kept_storage) or function
-            dead = tuple({r for r in node.refs() if last[r] == node.index and r not in keep and r in made})
-            result = rectified.get(node.index, node.index)
-            self._steps.append((result, function, node.args, node.kwargs, dead, node))
+            reads = {*node.refs(), *refs_in(kwargs)}
+            dead = tuple({r for r in reads if last[r] == node.index and r not in keep and r in made})
+            self._steps.append((result, function, node.args, kwargs, dead, node))
         self._nodes = chosen
         self._given = sorted(set(last) - made)
         self._kept = sorted(made & keep)
         self._compiled: Callable[..., Any] | None = None
 
-    def run(self, values: dict[int, Any], compiled: bool = False, shapes: dict[int, torch.Size] | None = None) -> None:
+    def run(
+        self,
+        values: dict[int, Any],
+        compiled: bool = False,
+        shapes: dict[int, torch.Size] | None = None,
+        watch: Callable[[int], None] | None = None,
+    ) -> None:
         """Compute the nodes into `values`, which holds their inputs; values no longer needed are removed from it.
 
         shapes  filled with the shape of every tensor computed, where given (not with `compiled`)
+        watch   called with the index of every value computed, while all that its step read is there (likewise)
         """
         if compiled and self._steps:
             if self._compiled is None:
@@ -146,6 +160,8 @@ class Schedule:
                 raise _located(error, node) from error
             if shapes is not None and isinstance(values[index], torch.Tensor):
                 shapes[index] = values[index].shape
+            if watch is not None:
+                watch(index)
             for value in dead:
                 del values[value]
 
@@ -168,7 +184,7 @@ class Schedule:
         source = program.nodes[node.args[0].index]
         safe = (
             source.index in made
-            and source.kind in _FRESH
+            and source.kind in FRESH
             and program.storage[source.index] == source.index
             and source.index not in kept_storage
             and self._last_of_storage[source.index] == node.index
@@ -180,21 +196,6 @@ class Schedule:
             return None
         packet = getattr(torch.ops.aten, op_name(node.target) + "_", None)
         return getattr(packet, node.target._overloadname, None) if packet is not None else None
-
-
-def _followed_by_relu(nodes: list[Node], keep: frozenset[int]) -> dict[int, int]:
-    """Convolution -> ReLU, where the ReLU is all that reads it."""
-    readers: dict[int, list[Node]] = {}
-    for node in nodes:
-        for ref in node.refs():
-            readers.setdefault(ref, []).append(node)
-    found = {}
-    for node in nodes:
-        after = readers.get(node.index, [])
-        alone = op_name(node.target) == "conv2d" and node.index not in keep and len(after) == 1
-        if alone and op_name(after[0].target) == "relu":
-            found[node.index] = after[0].index
-    return found
 
 
 def _located(error: Exception, node: Node) -> Exception:

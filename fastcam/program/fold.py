@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions before them, for runs that convert the weights anyway."""
+"""Batch norms folded into the convolutions before them, for runs that need scores to rounding only."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from fastcam._dtypes import accumulation_dtype
 
 from .capture import Program
 from .nodes import Node, Ref, op_name
@@ -36,14 +38,17 @@ class FoldedNorm:
         return [index for index in found if index is not None]
 
     def compute(self, live: dict[int, torch.Tensor]) -> torch.Tensor:
-        factor = (live[self.variance] + self.eps).rsqrt()
+        """In the convolution's dtype; half precision is rounded once, at the end, as the norm itself would."""
+        own = live[self.weight].dtype
+        leaf = {index: live[index].to(accumulation_dtype(live[index].dtype)) for index in self.leaves()}
+        factor = (leaf[self.variance] + self.eps).rsqrt()
         if self.scale is not None:
-            factor = factor * live[self.scale]
+            factor = factor * leaf[self.scale]
         if self.part == "weight":
-            weight = live[self.weight]
-            return weight * factor.reshape(-1, *(1,) * (weight.ndim - 1))
-        bias = -live[self.mean] if self.bias is None else live[self.bias] - live[self.mean]
-        return bias * factor if self.shift is None else bias * factor + live[self.shift]
+            weight = leaf[self.weight]
+            return (weight * factor.reshape(-1, *(1,) * (weight.ndim - 1))).to(own)
+        bias = -leaf[self.mean] if self.bias is None else leaf[self.bias] - leaf[self.mean]
+        return (bias * factor if self.shift is None else bias * factor + leaf[self.shift]).to(own)
 
 
 def fold_norms(program: Program, feature: int) -> Program:

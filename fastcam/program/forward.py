@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,8 +14,10 @@ from .targets import Targets, scores_of
 
 __all__ = ["Forward", "Needs", "Reference", "Session", "detached"]
 
-#: What a method will ask a pass for: nothing but features and scores, gradients, or DeepLIFT multipliers.
-Needs = Literal["features", "gradients", "multipliers"]
+#: What a method will ask a pass for: nothing but features and scores; gradients where they are closed form and nothing
+#: otherwise; gradients; gradients together with those of all biases; DeepLIFT multipliers by the Rescale rule; or by
+#: RevealCancel, which keeps signed parts.
+Needs = Literal["features", "closed_form", "gradients", "biases", "multipliers", "parts"]
 
 
 class Session(ABC):
@@ -40,8 +42,12 @@ class Session(ABC):
         """The layer's features of other images; what follows the layer does not run."""
 
     @abstractmethod
-    def output(self, images: Tensor) -> Any:
-        """The model's output for other images."""
+    def output(self, images: Tensor, folded: bool = False) -> Any:
+        """The model's output for other images.
+
+        folded  run the network as fast as it goes where only scores count: batch norms folded, weights packed where
+                that is possible. Equal to rounding
+        """
 
     def shared_reference(self, key: Hashable, make: Callable[[], Reference]) -> Reference:
         """`make()`, or what it gave for the same key and the same weights."""
@@ -72,6 +78,8 @@ class Forward(ABC):
     uniform    whether they are the same at every position, too
     """
 
+    _graph: Graph | None = None
+
     def __init__(self, session: Session, features: Tensor, output: Any, linear: bool = False, uniform: bool = False):
         self.session = session
         self.layer = session.layer
@@ -88,6 +96,15 @@ class Forward(ABC):
 
         Raises RuntimeError where the score does not depend on the layer.
         """
+
+    def full_gradients(self, targets: Targets, visits: Sequence[Callable[[Tensor, bool], None]]) -> Tensor:
+        """As `gradients`, and every bias x gradient on the way told to the visitor of its target column
+        (`fastcam.program.biases`)."""
+        raise RuntimeError(f"layer '{self.layer}' was passed without recording biases")
+
+    def release(self) -> None:
+        """Forget what was recorded for gradients; they can no longer be asked for."""
+        self._graph = None
 
     @abstractmethod
     def reference(self, features: Tensor) -> Reference:
@@ -110,8 +127,8 @@ class Graph:
         self._output = output
         self._layer = layer
 
-    def gradients(self, targets: Targets) -> Tensor:
-        """One backward pass for each target column; the graph is freed by the last."""
+    def gradients(self, targets: Targets, start: Callable[[int], None] | None = None) -> Tensor:
+        """One backward pass for each target column, whose number `start` is told; the graph is freed by the last."""
         leaf = self._leaf
         if leaf is None:
             raise RuntimeError("the gradients of this pass have been taken already")
@@ -123,6 +140,8 @@ class Graph:
             if not score.requires_grad:
                 raise RuntimeError(f"the score does not depend on layer '{self._layer}'")
             keep = number + 1 < len(columns)
+            if start is not None:
+                start(number)
             (gradient,) = torch.autograd.grad(score, leaf, retain_graph=keep, allow_unused=True)
             if gradient is None:
                 raise RuntimeError(f"the score does not depend on layer '{self._layer}'")

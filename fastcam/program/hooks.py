@@ -50,7 +50,7 @@ class HookSession(Session):
         Raises TypeError where the layer's output is not one tensor, RuntimeError where the layer does not run, or where
         multipliers are wanted.
         """
-        if needs == "multipliers":
+        if needs in ("multipliers", "parts"):
             raise RuntimeError(f"DeepLIFT multipliers need a captured network, but {self.reason}")
         taps: list[Tensor] = []
 
@@ -71,8 +71,8 @@ class HookSession(Session):
     def features(self, images: Tensor) -> Tensor:
         return self.forward(images).features
 
-    def output(self, images: Tensor) -> Any:
-        return self._run(images, None)
+    def output(self, images: Tensor, folded: bool = False) -> Any:
+        return detached(self._run(images, None))
 
     def _run(self, images: Tensor, replace: Callable[[Tensor], Tensor] | None) -> Any:
         """One pass in evaluation mode, the layer's output replaced at each of its runs."""

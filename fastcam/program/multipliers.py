@@ -21,7 +21,7 @@ from .nodes import LEAVES, Node, op_name
 from .rescale import AFFINE, Rule, Step, registered, rule_for, unsupported
 from .transpose import Cotangent
 
-__all__ = ["Recorded", "Walk", "one_for_all"]
+__all__ = ["Recorded", "Walk", "accumulate", "one_for_all"]
 
 _NAMES = "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty"
 _READS_SIZE_ALONE = frozenset(_NAMES.split())
@@ -106,7 +106,7 @@ class Walk:
             except Exception as error:
                 raise RuntimeError(f"{type(error).__name__}: {error}\nin the DeepLIFT rule of {node}") from error
             for ref, part in parts.items():
-                _accumulate(found, ref, part)
+                accumulate(found, ref, part)
         result = found.get(self._feature)
         if not isinstance(result, Tensor):
             raise RuntimeError("the score does not depend on the layer")
@@ -133,7 +133,8 @@ def _differentiable(node: Node) -> bool:
     return computed and (node.dtype is None or node.dtype.is_floating_point)
 
 
-def _accumulate(found: dict[int, Cotangent], ref: int, part: Cotangent) -> None:
+def accumulate(found: dict[int, Cotangent], ref: int, part: Cotangent) -> None:
+    """Add multipliers at value `ref` to those it has."""
     earlier = found.get(ref)
     if earlier is None:
         found[ref] = part

@@ -8,13 +8,14 @@ node reads, whatever in-place spelling the user's code had.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-__all__ = ["ACTIVATIONS", "LEAVES", "Node", "Ref", "kind_of", "map_refs", "op_name", "refs_in"]
+__all__ = ["ACTIVATIONS", "FRESH", "LEAVES", "Node", "Ref", "following_values", "kind_of", "map_refs", "op_name"]
+__all__ += ["refs_in"]
 
 LEAVES = frozenset({"input", "parameter", "buffer", "constant", "folded"})
 
@@ -48,6 +49,9 @@ _KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names.split
 
 #: Elementwise activations that have an in-place twin; used to save a buffer where the input is no longer needed.
 ACTIVATIONS = frozenset(_KINDS["activation"].split())
+
+#: Kinds whose operators always return fresh memory, so that their result may be overwritten once it is no longer read.
+FRESH = frozenset({"conv", "linear", "norm", "add", "mul", "activation"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,19 @@ def refs_in(value: Any) -> Iterator[int]:
             yield from refs_in(item)
     elif isinstance(value, slice):
         yield from refs_in((value.start, value.stop, value.step))
+
+
+def following_values(start: int, nodes: Iterable[Node]) -> set[int]:
+    """Indices of `start` and of all floats among `nodes`, in order, that are computed from its numbers.
+
+    What is made from sizes, comparisons or integers alone does not follow: no gradient goes through it.
+    """
+    found = {start}
+    for node in nodes:
+        real = node.kind != "size" and (node.dtype is None or node.dtype.is_floating_point)
+        if real and not found.isdisjoint(node.refs()):
+            found.add(node.index)
+    return found
 
 
 def map_refs(value: Any, replace: Callable[[int], Any]) -> Any:

@@ -1,6 +1,6 @@
-"""Convolutions on the CPU with weights kept in oneDNN's own order and the ReLU applied on the way out.
+"""Convolutions on the CPU with weights kept in oneDNN's own order and what follows done on the way out.
 
-Plain `conv2d` brings its weight into that order at every call. Used for runs that convert the weights anyway, without
+Plain `conv2d` brings its weight into that order at every call. Used for runs with folded batch norms, without
 autograd. The operators are those torch.compile's CPU backend calls; where they are missing, or for other devices and
 dtypes, the plain convolution runs.
 """
@@ -16,7 +16,9 @@ __all__ = ["PackedConvolution"]
 
 
 class PackedConvolution:
-    """A 2-D convolution, optionally followed by ReLU, that packs each weight tensor it is given once.
+    """A 2-D convolution, optionally followed by an addition and a ReLU, that packs each weight tensor it is given once.
+
+    With `other`, a tensor of the result's shape, the sum is left in its memory.
 
     A packed weight lives as long as the tensor it was made from, so explainers of different precision, or in different
     threads, share the convolution without getting in each other's way.
@@ -35,18 +37,23 @@ class PackedConvolution:
         padding: Any = 0,
         dilation: Any = 1,
         groups: int = 1,
+        other: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if not _supported(x, weight) or isinstance(padding, str):
+        if not _supported(x, weight) or isinstance(padding, str) or not _addable(other, x):
             result = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+            result = result if other is None else result.add_(other)
             return result.relu_() if self._relu else result
         pads, steps, spread = _pair(padding), _pair(stride), _pair(dilation)
         packed = self._packed.get(weight)
         if packed is None:
             pack = torch.ops.mkldnn._reorder_convolution_weight
             packed = self._packed[weight] = pack(weight, pads, steps, spread, groups, list(x.shape))
+        if other is not None:
+            add = torch.ops.mkldnn._convolution_pointwise_.binary
+            after = "relu" if self._relu else None
+            return add(other, x, packed, bias, pads, steps, spread, groups, "add", None, after, [], None)
         run = torch.ops.mkldnn._convolution_pointwise
-        after = "relu" if self._relu else "none"
-        return run(x, packed, bias, pads, steps, spread, groups, after, [], "")
+        return run(x, packed, bias, pads, steps, spread, groups, "relu" if self._relu else "none", [], "")
 
 
 def _supported(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -57,6 +64,13 @@ def _supported(x: torch.Tensor, weight: torch.Tensor) -> bool:
     if x.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return x.dtype == torch.float32
+
+
+def _addable(other: torch.Tensor | None, x: torch.Tensor) -> bool:
+    if other is None:
+        return True
+    # Sizes that follow the batch could be different multiples of it, which addition would broadcast for a batch of one.
+    return other.dtype == x.dtype and len(other) == len(x) and hasattr(torch.ops.mkldnn, "_convolution_pointwise_")
 
 
 def _pair(value: Any) -> list[int]:

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .affine import AffineHead
-from .cut import Cut
+from .biases import BiasedGraph, Visit
+from .capture import Program
+from .cut import Cut, cut
 from .execute import Weights
 from .forward import Forward, Graph, Needs, Reference, Session, columns_of, detached, score_slopes
 from .multipliers import Recorded, one_for_all
 from .nodes import Ref
 from .rescale import known
+from .reveal_cancel import SignedWalk
 from .state import neutral_modes
 from .targets import Targets
 
-__all__ = ["Bound", "CapturedSession"]
+__all__ = ["Bindings", "Bound", "CapturedSession"]
 
 #: Reference passes kept for one explainer and layer.
 _REFERENCES = 4
@@ -44,19 +48,64 @@ class Bound:
         self.weights = Weights(made.program, model, precision, channels_last)
         self.references: OrderedDict[Hashable, Reference] = OrderedDict()
 
-    def session(self) -> CapturedSession:
-        """The network with the weights of this moment."""
-        return CapturedSession(self)
+    def session(self, folded: Callable[[], Bound] | None = None) -> CapturedSession:
+        """The network with the weights of this moment; `folded` gives its folded twin where this one is not."""
+        return CapturedSession(self, folded)
+
+
+class Bindings:
+    """The cuts one explainer has bound to its model, kept from call to call.
+
+    model          an unwrapped module
+    precision      the dtype to run in, or None: the model's own
+    channels_last  run in channels_last layout
+    compiled       run through torch.compile
+    """
+
+    def __init__(self, model: nn.Module, precision: torch.dtype | None, channels_last: bool, compiled: bool):
+        self._model = model
+        self._precision = precision
+        self._channels_last = channels_last
+        self._compiled = compiled
+        self._kept: weakref.WeakKeyDictionary[Cut, Bound] = weakref.WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_kept": None}  # made again where it is unpickled
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._kept = weakref.WeakKeyDictionary()
+
+    def session(
+        self, program: Program, feature: int, layer: str, own: torch.dtype, foldable: bool = True
+    ) -> CapturedSession:
+        """`program` at value `feature`, with the weights of this moment; `own` is the model's dtype."""
+        # A run that converts the weights may as well fold the batch norms; the plain one gives the model's own bits.
+        converted = foldable and (self._precision is not None or self._channels_last)
+        bound = self._bound(cut(program, feature, layer, folded=converted), own)
+        if converted:
+            return bound.session()
+        return bound.session(lambda: self._bound(cut(program, feature, layer, folded=True), own))
+
+    def _bound(self, made: Cut, own: torch.dtype) -> Bound:
+        if made not in self._kept:
+            self._kept[made] = Bound(made, self._model, own, self._precision, self._channels_last, self._compiled)
+        return self._kept[made]
 
 
 class CapturedSession(Session):
-    """`Session` of a captured network."""
+    """`Session` of a captured network.
 
-    def __init__(self, bound: Bound):
+    folded  makes the binding of the same network with batch norms folded; None where this is it
+    """
+
+    def __init__(self, bound: Bound, folded: Callable[[], Bound] | None = None):
         self.layer = bound.cut.layer
         self.bound = bound
         self.cut = bound.cut
         self.leaves = bound.weights.values()
+        self._make_folded = folded
+        self._folded: CapturedSession | None = None
 
     def forward(
         self, images: Tensor, needs: Needs = "features", by_index: bool = True, closed_form: bool = True
@@ -66,13 +115,18 @@ class CapturedSession(Session):
         with neutral_modes():
             features = values[self.cut.feature]
             entering = self.cut.entering(values)
-            affine = self._affine(features, by_index) if needs != "features" and closed_form else None
+            closed_form = closed_form and needs in ("gradients", "multipliers", "parts")
+            affine = self._affine(features, by_index) if closed_form else None
             if needs == "multipliers" and affine is None:
                 recorded = self.cut.walk().record(features, self.leaves | entering, len(images))
                 return CapturedForward(self, features, recorded.output, entering, recorded=recorded)
-            if needs == "features" or affine is not None:
+            walk = self.cut.signed_walk() if needs == "parts" and affine is None else None
+            if needs in ("features", "closed_form") or affine is not None or walk is not None:
                 output = self._run_head(values)
-                return CapturedForward(self, features, output, entering, affine=affine)
+                return CapturedForward(self, features, output, entering, affine=affine, walk=walk)
+            if needs == "biases":
+                output, biased = self.cut.biases().run(values, self.layer)
+                return CapturedForward(self, features, detached(output), entering, graph=biased)
             with torch.enable_grad():
                 leaf = features.detach().requires_grad_()
                 values[self.cut.feature] = leaf
@@ -83,7 +137,11 @@ class CapturedSession(Session):
     def features(self, images: Tensor) -> Tensor:
         return self._trunk(images)[self.cut.feature]
 
-    def output(self, images: Tensor) -> Any:
+    def output(self, images: Tensor, folded: bool = False) -> Any:
+        if folded and self._make_folded is not None:
+            if self._folded is None:
+                self._folded = self._make_folded().session()
+            return self._folded.output(images)
         return self._run_head(self._trunk(images))
 
     def shared_reference(self, key: Hashable, make: Callable[[], Reference]) -> Reference:
@@ -133,6 +191,7 @@ class CapturedForward(Forward):
         affine: AffineHead | None = None,
         graph: Graph | None = None,
         recorded: Recorded | None = None,
+        walk: SignedWalk | None = None,
     ):
         uniform = affine is not None and affine.uniform
         super().__init__(session, features, output, linear=affine is not None, uniform=uniform)
@@ -140,6 +199,7 @@ class CapturedForward(Forward):
         self._affine = affine
         self._graph = graph
         self._recorded = recorded
+        self._walk = walk
 
     def gradients(self, targets: Targets) -> Tensor:
         if self._affine is not None:
@@ -147,6 +207,11 @@ class CapturedForward(Forward):
         if self._graph is None:
             raise RuntimeError(f"layer '{self.layer}' was passed without recording gradients")
         return self._graph.gradients(targets)
+
+    def full_gradients(self, targets: Targets, visits: Sequence[Visit]) -> Tensor:
+        if not isinstance(self._graph, BiasedGraph):
+            return super().full_gradients(targets, visits)
+        return self._graph.full_gradients(targets, visits)
 
     def _closed_form(self, affine: AffineHead, targets: Targets) -> Tensor:
         cut, leaves = self.session.cut, self.session.leaves
@@ -175,6 +240,8 @@ class CapturedForward(Forward):
             if targets.indices is None:
                 self._seeds(targets, None, reference)  # a head that is affine does not make the callable so
             return self._closed_form(self._affine, targets)
+        if self._walk is not None:
+            return self._by_parts(self._walk, targets, reference)
         if self._recorded is None:
             raise RuntimeError(f"layer '{self.layer}' was passed without recording values for multipliers")
         walk = self.session.cut.walk()
@@ -187,6 +254,14 @@ class CapturedForward(Forward):
             for column in columns_of(targets):
                 seeds = self._seeds(targets, column, reference)
                 found.append(walk.multipliers(self._recorded, recorded, seeds))
+        return torch.stack(found, dim=1) if targets.several else found[0]
+
+    def _by_parts(self, walk: SignedWalk, targets: Targets, reference: Reference) -> Tensor:
+        with neutral_modes():
+            base = reference.features.expand(self.features.shape)
+            passed = walk.propagate(self.features, base, self.session.leaves | self._entering)
+            seeds = [self._seeds(targets, column, reference) for column in columns_of(targets)]
+            found = [walk.multipliers(passed, one) for one in seeds]
         return torch.stack(found, dim=1) if targets.several else found[0]
 
     def _seeds(self, targets: Targets, column: int | None, reference: Reference) -> dict[int, Tensor]:

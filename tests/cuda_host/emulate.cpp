@@ -1,6 +1,8 @@
 // The CUDA kernels behind C functions, built with the emulator of fake/ by an ordinary C++ compiler.
 #include "cuda/cam_map.cuh"
 #include "cuda/channel_weights.cuh"
+#include "cuda/mask_by_features.cuh"
+#include "cuda/rescale_multipliers.cuh"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -45,6 +47,48 @@ int channel_weights(const void* features, const void* reference, const void* mul
   return run_channel_weights(plan, scratch.data(), nullptr);
 }
 
+template <typename T, typename F>
+int mask_by_features(const void* images, const void* features, const void* noise, void* out, const int64_t* sizes,
+                     const int64_t* strides, double scale, const int* flags) {
+  using A = Accumulate<T>;
+  MapArgs<F> maps = {};
+  maps.features = static_cast<const F*>(features);
+  maps.image = strides[0], maps.channel = strides[1], maps.row = strides[2], maps.column = strides[3];
+  maps.pairs = {sizes[0], unsigned(sizes[1]), unsigned(sizes[2])};
+  maps.height = int(sizes[3]), maps.width = int(sizes[4]), maps.out_height = int(sizes[5]), maps.out_width = int(sizes[6]);
+  maps.minmax_first = flags[0];
+  MaskArgs<T> masks = {};
+  masks.images = static_cast<const T*>(images), masks.out = static_cast<T*>(out);
+  masks.noise = static_cast<const A*>(noise), masks.channels = unsigned(sizes[7]);
+  masks.scale = A(scale), masks.channels_last = flags[1];
+  auto scratch = poisoned<A>(sizes[0] * scratch_a_row(maps.height, maps.width));
+  return run_mask_by_features(maps, masks, scratch.data(), nullptr);
+}
+
+template <typename T>
+int mask_by(bool wide_features, const void* images, const void* features, const void* noise, void* out,
+            const int64_t* sizes, const int64_t* strides, double scale, const int* flags) {
+  const auto run = wide_features ? mask_by_features<T, Accumulate<T>> : mask_by_features<T, T>;
+  return run(images, features, noise, out, sizes, strides, scale, flags);
+}
+
+template <typename T, typename G>
+int rescale_multipliers(const void* multipliers, const void* inputs, const void* reference, void* out, int64_t runs,
+                        int64_t length, double negative_slope) {
+  RescaleArgs<T, G> x = {};
+  x.multipliers = static_cast<const G*>(multipliers), x.inputs = static_cast<const T*>(inputs);
+  x.reference = static_cast<const T*>(reference), x.out = static_cast<G*>(out);
+  x.runs = runs, x.length = length, x.negative_slope = Accumulate<T>(negative_slope);
+  return run_rescale_multipliers(x, nullptr);
+}
+
+template <typename T>
+int rescale_multipliers(bool wide, const void* multipliers, const void* inputs, const void* reference, void* out,
+                        int64_t runs, int64_t length, double negative_slope) {
+  return wide ? rescale_multipliers<T, Accumulate<T>>(multipliers, inputs, reference, out, runs, length, negative_slope)
+              : rescale_multipliers<T, T>(multipliers, inputs, reference, out, runs, length, negative_slope);
+}
+
 }  // namespace
 
 // dtype: 0 float64, 1 float32, 2 float16, 3 bfloat16.
@@ -64,6 +108,18 @@ EXPORT int emulate_cam_map(int dtype, const void* features, const void* referenc
 EXPORT int emulate_channel_weights(int dtype, const void* features, const void* reference, const void* multipliers,
                                    void* out, const int64_t* sizes, const int* flags) {
   BY_DTYPE(channel_weights, features, reference, multipliers, out, sizes, flags)
+}
+
+EXPORT int emulate_mask_by_features(int dtype, bool wide_features, const void* images, const void* features,
+                                    const void* noise, void* out, const int64_t* sizes, const int64_t* strides,
+                                    double scale, const int* flags) {
+  BY_DTYPE(mask_by, wide_features, images, features, noise, out, sizes, strides, scale, flags)
+}
+
+EXPORT int emulate_rescale_multipliers(int dtype, bool wide, const void* multipliers, const void* inputs,
+                                       const void* reference, void* out, int64_t runs, int64_t length,
+                                       double negative_slope) {
+  BY_DTYPE(rescale_multipliers, wide, multipliers, inputs, reference, out, runs, length, negative_slope)
 }
 
 // The shared arithmetic by itself.

@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastcam._testing.kernel_cases import check_cam_map, check_channel_weights, features_like
+from fastcam._testing.kernel_cases import (
+    LAYOUTS,
+    check_cam_map,
+    check_channel_weights,
+    check_mask_by_features,
+    check_rescale_multipliers,
+    features_like,
+)
 
 HERE = Path(__file__).resolve().parent
 DTYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -81,6 +88,39 @@ def channel_weights(kernels, features, multipliers, reference=None, mode="mean",
         DTYPES[features.dtype], pointer(f), pointer(r), pointer(m), pointer(out),
         ints(ctypes.c_int64, b, lead[1] if len(lead) > 1 else 1, k, h * w),
         ints(ctypes.c_int, shared, channels_last, MODES.index(mode)),
+    )  # fmt: skip
+    assert status == 0
+    return out
+
+
+def mask_by_features(
+    kernels, images, features, start=0, count=None, *, noise=None, scale=1.0, order="resize_then_minmax"
+):
+    channels_last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+    k, h, w = features.shape[1:]
+    count = features.shape[0] * k - start if count is None else count
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty((count, *images.shape[1:]), dtype=images.dtype, memory_format=layout).fill_(torch.nan)
+    acc = torch.float64 if images.dtype == torch.float64 else torch.float32
+    noise = None if noise is None else noise.to(acc).contiguous()
+    status = kernels.emulate_mask_by_features(
+        DTYPES[images.dtype], features.dtype != images.dtype, pointer(images), pointer(features), pointer(noise),
+        pointer(out), ints(ctypes.c_int64, count, start, k, h, w, *images.shape[2:], images.shape[1]),
+        ints(ctypes.c_int64, *features.stride()), ctypes.c_double(scale),
+        ints(ctypes.c_int, order == "minmax_then_resize", channels_last),
+    )  # fmt: skip
+    assert status == 0
+    return out
+
+
+def rescale_multipliers(kernels, multipliers, inputs, reference, negative_slope=0.0):
+    """For contiguous tensors; a shared reference is read again for every image."""
+    out = torch.full_like(multipliers, torch.nan)
+    runs = 1 if reference.shape == inputs.shape else inputs.shape[0]
+    status = kernels.emulate_rescale_multipliers(
+        DTYPES[inputs.dtype], multipliers.dtype != inputs.dtype, pointer(multipliers), pointer(inputs),
+        pointer(reference), pointer(out), ctypes.c_int64(runs), ctypes.c_int64(inputs.numel() // max(runs, 1)),
+        ctypes.c_double(negative_slope),
     )  # fmt: skip
     assert status == 0
     return out
@@ -186,6 +226,87 @@ def test_channel_weights_guards(kernels, mode, channels_last):
     assert got[0, 1] == (1 if mode == "xgrad" else 0)
     assert got[0, 2] == 0 or mode != "xgrad"
     check_channel_weights(got, features, multipliers, None, mode)
+
+
+# (B, C, H, W), (K, h, w): packs and single elements, one and several tiles, up, down and no resize, single positions.
+MASKED = [
+    ((2, 3, 24, 20), (5, 7, 6)),
+    ((1, 3, 40, 56), (3, 14, 14)),
+    ((2, 5, 9, 7), (2, 20, 17)),
+    ((1, 20, 33, 33), (2, 4, 4)),
+    ((1, 1, 8, 8), (2, 8, 8)),
+    ((2, 2, 1, 1), (3, 2, 2)),
+    ((1, 3, 5, 6), (2, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("order", ["resize_then_minmax", "minmax_then_resize"])
+@pytest.mark.parametrize(("shape", "maps"), MASKED, ids=str)
+def test_mask_by_features(kernels, shape, maps, order, layout, dtype):
+    images = LAYOUTS[layout](features_like(shape, dtype, 1))
+    other = "channels_last" if layout == "contiguous" else "sliced"
+    features = LAYOUTS[other](features_like((shape[0], *maps), dtype, 2))
+    noise = features_like((shape[0] * maps[0], *shape[2:]), dtype, 3)
+    options = {"noise": noise, "scale": 0.7, "order": order}
+    whole = mask_by_features(kernels, images, features, **options)
+    check_mask_by_features(whole, images, features, **options)
+    wide = features.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    options = {"noise": noise[1:2], "scale": 0.7, "order": order}
+    assert torch.equal(mask_by_features(kernels, images, wide, 1, 1, **options), whole[1:2])
+
+
+@pytest.mark.parametrize("order", ["resize_then_minmax", "minmax_then_resize"])
+def test_mask_by_features_flat_and_non_finite(kernels, order):
+    images, features = torch.ones(1, 3, 20, 11), features_like((1, 6, 7, 7), torch.float32)
+    features[0, 0] = 0.3  # constant, but not its rounded interpolation
+    features[0, 1, 3, 3] = torch.nan
+    features[0, 2, 0, 1] = torch.inf
+    features[0, 3] = -torch.inf
+    got = mask_by_features(kernels, images, features, order=order)
+    assert got[0].count_nonzero() == 0
+    assert got[1:4].isnan().all()
+    assert got[4:].amin() >= 0
+    assert got[4:].amax() <= 1
+    if order == "resize_then_minmax":
+        assert got[4:].amin((1, 2, 3)).eq(0).all()
+        assert got[4:].amax((1, 2, 3)).eq(1).all()
+
+
+# Whole packs, partial ones, runs that begin between packs, several blocks.
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("slope", [0.0, 0.01, -1.5])
+@pytest.mark.parametrize("shape", [(2, 8, 4, 4), (3, 5, 7, 7), (2, 3001), (5,)], ids=str)
+def test_rescale_multipliers(kernels, shape, slope, wide, dtype):
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    multipliers, inputs = features_like(shape, acc if wide else dtype, 1), features_like(shape, dtype, 2)
+    for batch in (1, shape[0]):
+        arguments = multipliers, inputs, features_like((batch, *shape[1:]), dtype, 3), slope
+        check_rescale_multipliers(rescale_multipliers(kernels, *arguments), *arguments)
+
+
+@pytest.mark.slow
+def test_rescale_multipliers_of_more_runs_than_a_grid_is_high(kernels):
+    shape = (65537, 2)
+    arguments = features_like(shape, torch.float32, 1), features_like(shape, torch.float32, 2), torch.ones(1, 2)
+    check_rescale_multipliers(rescale_multipliers(kernels, *arguments), *arguments)
+
+
+@pytest.mark.parametrize("offset", [1, 2])
+def test_rescale_multipliers_off_the_pack_alignment(kernels, offset):
+    arguments = [features_like((100 + offset,), torch.float32, seed)[offset:] for seed in range(3)]
+    check_rescale_multipliers(rescale_multipliers(kernels, *arguments), *arguments)
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize("slope", [0.0, 0.25])
+def test_rescale_multipliers_of_odd_values(kernels, slope, dtype):
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1.0, -1.0], dtype=dtype)
+    inputs, reference = (x.contiguous() for x in torch.broadcast_tensors(odd[:, None], odd[None]))
+    arguments = torch.full_like(inputs, 3.0), inputs, reference, slope
+    check_rescale_multipliers(rescale_multipliers(kernels, *arguments), *arguments)
 
 
 @pytest.mark.parametrize(("inner", "outer"), [(7, 224), (7, 20), (14, 5), (31, 31), (224, 7), (1, 9), (9, 1), (97, 61)])

@@ -7,13 +7,21 @@ import pytest
 import torch
 
 import fastcam
-from fastcam._testing.kernel_cases import LAYOUTS, check_cam_map, check_channel_weights, features_like
+from fastcam._testing.kernel_cases import (
+    LAYOUTS,
+    check_cam_map,
+    check_channel_weights,
+    check_mask_by_features,
+    check_rescale_multipliers,
+    features_like,
+)
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 MODES = ("mean", "sum", "xgrad", "grad_cam_pp")
+ORDERS = ("resize_then_minmax", "minmax_then_resize")
 
 
 @pytest.fixture(params=["cuda", "triton"])
@@ -126,10 +134,111 @@ def test_small_channel_weights_with_wide_multipliers(implementation, mode):
     check_channel_weights(channel_weights(features, multipliers, None, mode), features, multipliers, None, mode)
 
 
+mask_by_features = fastcam.ops.mask_by_features
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_small_mask_by_features_layouts_and_dtypes(implementation, order, layout, dtype):
+    images, features = values((2, 3, 20, 24), dtype, 1, layout), values((2, 5, 7, 6), dtype, 2, layout)
+    wide = features.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    noise = values((4, 20, 24), dtype, 3, layout)
+    for arguments, options in (((features,), {}), ((wide, 3, 4), {"noise": noise, "scale": 1 / 3})):
+        got = mask_by_features(images, *arguments, **options, order=order)
+        check_mask_by_features(got, images, *arguments, **options, order=order)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", NATIVE)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    ("image", "maps"),
+    [
+        ((3, 224, 224), (64, 7, 7)), ((3, 224, 224), (3, 56, 56)), ((1, 1, 1), (2, 1, 1)), ((3, 33, 17), (9, 4, 4)),
+        ((3, 32, 32), (2, 130, 110)), ((40, 14, 14), (3, 14, 14)), ((5, 3, 400), (4, 7, 7)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_mask_by_features(implementation, image, maps, order, layout, dtype):
+    images, features = values((2, *image), dtype, 1, layout), values((2, *maps), dtype, 2, layout)
+    check_mask_by_features(mask_by_features(images, features, order=order), images, features, order=order)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_small_flat_and_non_finite_masks(implementation, order):
+    images, features = torch.ones(1, 3, 20, 11, device="cuda"), values((1, 6, 7, 7))
+    features[0, 0] = 0.3
+    features[0, 1, 3, 3] = torch.nan
+    features[0, 2, 0, 1] = torch.inf
+    features[0, 3] = -torch.inf
+    got = mask_by_features(images, features, order=order)
+    assert got[0].count_nonzero() == 0
+    assert got[1:4].isnan().all()
+    assert got[4:].amin() >= 0
+    assert got[4:].amax() <= 1
+    if order == "resize_then_minmax":
+        assert got[4:].amin((1, 2, 3)).eq(0).all()
+        assert got[4:].amax((1, 2, 3)).eq(1).all()
+
+
+@pytest.mark.parametrize("layout", NATIVE)
+def test_masked_chunks_are_slices_of_the_whole(implementation, layout):
+    images, features = values((3, 3, 65, 64), seed=1, layout=layout), values((3, 20, 14, 14), seed=2)
+    whole = mask_by_features(images, features)
+    for _ in range(20):
+        assert torch.equal(whole, mask_by_features(images, features))
+    assert torch.equal(whole[13:47], mask_by_features(images, features, 13, 34))
+
+
+def test_small_bare_op_takes_its_keywords(implementation):
+    """Through the dispatcher, whichever implementation is on the CUDA key."""
+    images, features = values((1, 3, 20, 20), seed=1), values((1, 4, 7, 7), seed=2)
+    options = {"noise": values((2, 20, 20), seed=3), "scale": 0.5, "order": "minmax_then_resize"}
+    got = torch.ops.fastcam.mask_by_features(images, features, 1, 2, **options)
+    check_mask_by_features(got, images, features, 1, 2, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("slope", [0.0, 0.01])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_small_rescale_multipliers_layouts_and_dtypes(implementation, batch, slope, layout, dtype):
+    shape = (3, 65, 7, 7)
+    inputs, reference = values(shape, dtype, 1, layout), values((batch, *shape[1:]), dtype, 2, layout)
+    for multipliers in (
+        values(shape, dtype, 3, layout),
+        values(shape, seed=3).to(torch.promote_types(dtype, torch.float32)),
+    ):
+        arguments = multipliers, inputs, reference, slope
+        check_rescale_multipliers(fastcam.ops.rescale_multipliers(*arguments), *arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5,), (64, 10), (33, 4096), (2, 197, 768), (1, 3, 5, 6, 7), (70000, 300), *SHAPES], ids=str
+)
+def test_rescale_multipliers(implementation, shape, dtype):
+    for batch in (1, shape[0]):
+        arguments = values(shape, dtype, 1), values(shape, dtype, 2), values((batch, *shape[1:]), dtype, 3), 0.01
+        check_rescale_multipliers(fastcam.ops.rescale_multipliers(*arguments), *arguments)
+
+
+def test_small_rescale_multipliers_of_odd_values(implementation):
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1.0, -1.0], device="cuda")
+    arguments = torch.full((7, 7), 3.0, device="cuda"), odd[:, None].expand(7, 7), odd[None].expand(7, 7), 0.25
+    check_rescale_multipliers(fastcam.ops.rescale_multipliers(*arguments), *arguments)
+
+
 def test_small_empty_batch(implementation):
     maps, raw, finite = cam_map(values((0, 4, 7, 7)), values((0, 3, 4)), size=(9, 8))
     assert (maps.shape, raw.shape, finite.shape) == ((0, 3, 9, 8), (0, 3, 7, 7), (0, 3))
     assert channel_weights(values((2, 4, 7, 7)), values((2, 0, 4, 7, 7))).shape == (2, 0, 4)
+    assert mask_by_features(values((2, 3, 9, 9)), values((2, 4, 7, 7)), 8).shape == (0, 3, 9, 9)
+
+    for shape in ((0, 4, 7, 7), (2, 0, 3)):
+        empty = values(shape)
+        assert fastcam.ops.rescale_multipliers(empty, empty, values((1, *shape[1:]))).shape == shape
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -144,8 +253,11 @@ def test_same_bits_fifty_times_and_in_any_batch(implementation, layout):
     assert all(torch.equal(a[3:4], b) for a, b in zip(first, one, strict=True))
 
 
-def both(features, weights):
-    return (*cam_map(features, weights, size=(32, 32)), channel_weights(features, features, None, "grad_cam_pp"))
+def every_op(features, weights):
+    maps, raw, finite = cam_map(features, weights, size=(32, 32))
+    masked = mask_by_features(maps.unsqueeze(1), features, 200, 120, scale=0.5)
+    rescaled = fastcam.ops.rescale_multipliers(features, features - 0.5, features[:1] - 1, 0.01)
+    return maps, raw, finite, channel_weights(features, features, None, "grad_cam_pp"), masked, rescaled
 
 
 def test_graph_capture(implementation):
@@ -153,40 +265,40 @@ def test_graph_capture(implementation):
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # compiles and allocates outside the graph
-        both(features, weights)
+        every_op(features, weights)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = both(features, weights)
+        captured = every_op(features, weights)
     for seed in (3, 4):
         features.copy_(values((4, 256, 7, 7), seed=seed).abs())
         graph.replay()
         torch.cuda.synchronize()
-        assert all(torch.equal(a, b) for a, b in zip(captured, both(features, weights), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(captured, every_op(features, weights), strict=True))
 
 
 def test_current_stream(implementation):
     """The kernels must queue behind what the caller's stream still has to do."""
     source, weights = values((4, 256, 7, 7), seed=1).abs(), values((4, 256), seed=2)
-    expected = both(source, weights)
+    expected = every_op(source, weights)
     features = torch.full_like(source, torch.nan)
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)
         features.copy_(source)
-        got = both(features, weights)
+        got = every_op(features, weights)
     stream.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
 def test_no_synchronisation(implementation):
     features, weights = values((4, 256, 7, 7), seed=1).abs(), values((4, 256), seed=2)
-    both(features, weights)
+    every_op(features, weights)
     torch.cuda.set_sync_debug_mode("error")
     try:
         # on_nonfinite handling is the callers'; the ops themselves must not wait for the device.
-        both(features, weights)
+        every_op(features, weights)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -194,10 +306,10 @@ def test_no_synchronisation(implementation):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_other_device_than_the_current_one(implementation):
     features, weights = values((2, 64, 7, 7), device="cuda:1", seed=1).abs(), values((2, 64), device="cuda:1", seed=2)
-    got = both(features, weights)
+    got = every_op(features, weights)
     assert all(x.device == features.device for x in got)
     assert torch.cuda.current_device() == 0
-    for a, b in zip(got, both(features.to("cuda:0"), weights.to("cuda:0")), strict=True):
+    for a, b in zip(got, every_op(features.to("cuda:0"), weights.to("cuda:0")), strict=True):
         assert torch.equal(a.cpu(), b.cpu())
 
 
@@ -214,3 +326,5 @@ def test_more_than_2_to_the_31_elements(implementation):
     assert raw[:2].count_nonzero() == 0
     sums = channel_weights(features, features, None, "sum")
     assert torch.equal(sums[2:], channel_weights(features[2:], features[2:], None, "sum"))
+    alone = fastcam.ops.rescale_multipliers(features[2:], features[2:], features[:1])
+    assert torch.equal(fastcam.ops.rescale_multipliers(features, features, features[:1])[2:], alone)

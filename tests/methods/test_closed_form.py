@@ -14,9 +14,8 @@ import fastcam
 from fastcam._testing import models
 from fastcam.program.capture import capture
 from fastcam.program.cut import Cut
-from fastcam.program.session import CapturedSession
-from fastcam.program.execute import Weights
 from fastcam.program.layers import find_layer
+from fastcam.program.session import Bound, CapturedSession
 from fastcam.program.targets import resolve_targets
 
 # Two channels, Z = 4 positions:  A1 = 1 2   A2 = 4 0   S = (10, 4), mean(A) = (5/2, 1)
@@ -234,9 +233,9 @@ def test_affine_heads(oracle, name):
     with torch.no_grad():
         program = capture(model, x)
         made = Cut(program, *find_layer(program, model, "0", 2))
-        leaves = Weights(program, model).values()
-        closed = made.forward(x, leaves, gradients=True)
-        graph = made.forward(x, leaves, gradients=True, closed_form=False)
+        session = Bound(made, model, x.dtype).session()
+        closed = session.forward(x, "gradients")
+        graph = session.forward(x, "gradients", closed_form=False)
         targets = resolve_targets(classes, closed.output, 3)
         got, want = closed.gradients(targets), graph.gradients(targets)
     assert made.affine is not None

@@ -132,7 +132,9 @@ def test_channels_last_option_and_model(cast, oracle):
         option = fastcam.Explainer(cast("vgg", torch.float64), method, layer="features", channels_last=True)(x, 1)
         torch.testing.assert_close(option.maps, want, rtol=0, atol=1e-11)
     last = models.vgg_like().double().to(memory_format=torch.channels_last)
-    got = fastcam.attribute(last, x.contiguous(memory_format=torch.channels_last), targets=1, layer="features")
+    got = fastcam.attribute(
+        last, x.contiguous(memory_format=torch.channels_last), "grad_cam", targets=1, layer="features"
+    )
     want = oracle.explain(cast("vgg", torch.float64), "features", x, "grad_cam", oracle.logit([1] * 3))[0]
     torch.testing.assert_close(got.maps, want, rtol=0, atol=1e-11)
 

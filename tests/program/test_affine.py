@@ -10,8 +10,8 @@ from torch.nn import functional
 from fastcam.program.affine import AffineHead
 from fastcam.program.capture import capture
 from fastcam.program.cut import cut
-from fastcam.program.execute import Weights
 from fastcam.program.layers import find_layer
+from fastcam.program.session import Bound
 from fastcam.program.targets import resolve_targets
 
 K = 6
@@ -100,20 +100,21 @@ def made(name: str):
     images = torch.randn(3, 3, 6, 5, dtype=torch.float64)
     program = capture(model, images)
     index, layer = find_layer(program, model, "body", 2)
-    return cut(program, index, layer), Weights(program, model).values(), images, model
+    made_cut = cut(program, index, layer)
+    return made_cut, Bound(made_cut, model, torch.float64).session(), images, model
 
 
 @pytest.mark.parametrize("name", list(HEADS))
 def test_closed_form_equals_autograd(name):
-    made_cut, leaves, images, _ = made(name)
+    made_cut, session, images, _ = made(name)
     _, qualifies, pooled, uniform = HEADS[name]
     assert (made_cut.affine is not None) == qualifies
-    closed = made_cut.forward(images, leaves, gradients=True)
-    graph = made_cut.forward(images, leaves, gradients=True, closed_form=False)
+    closed = session.forward(images, "gradients")
+    graph = session.forward(images, "gradients", closed_form=False)
     assert torch.equal(closed.output, graph.output)
     for classes in ([1, 3, 1], [[0, 1], [2, 2], [3, 0]]):
         targets = resolve_targets(classes, closed.output, 3)
-        graph = made_cut.forward(images, leaves, gradients=True, closed_form=False)
+        graph = session.forward(images, "gradients", closed_form=False)
         found, expected = closed.gradients(targets) if qualifies else None, graph.gradients(targets)
         if found is not None:
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
@@ -128,32 +129,33 @@ def test_callable_targets_agree_with_autograd(name):
     def score(output):
         return output.log_softmax(1)[:, 2] - output[:, 0] ** 2
 
-    made_cut, leaves, images, _ = made(name)
-    found = made_cut.forward(images, leaves, gradients=True, by_index=False)
-    graph = made_cut.forward(images, leaves, gradients=True, by_index=False, closed_form=False)
+    _, session, images, _ = made(name)
+    found = session.forward(images, "gradients", by_index=False)
+    graph = session.forward(images, "gradients", by_index=False, closed_form=False)
     targets = resolve_targets(score, found.output, 3)
     torch.testing.assert_close(found.gradients(targets), graph.gradients(targets), rtol=1e-12, atol=1e-14)
 
 
 def test_closed_forms_read_the_weights_of_the_call():
     made_cut, _, images, model = made("two linears")
-    weights = Weights(made_cut.program, model)
+    bound = Bound(made_cut, model, torch.float64)
     for _ in range(2):
         with torch.no_grad():
             model.head[3].weight.normal_()
-        closed = made_cut.forward(images, weights.values(), gradients=True)
-        graph = made_cut.forward(images, weights.values(), gradients=True, closed_form=False)
+        session = bound.session()
+        closed = session.forward(images, "gradients")
+        graph = session.forward(images, "gradients", closed_form=False)
         targets = resolve_targets([0, 1, 2], closed.output, 3)
         torch.testing.assert_close(closed.gradients(targets), graph.gradients(targets), rtol=1e-12, atol=1e-14)
 
 
 def test_a_wrong_analysis_is_caught_by_the_verification(monkeypatch, caplog):
     """A head that is not affine but was taken for one falls back to autograd, with a line in the log."""
-    made_cut, leaves, images, _ = made("square")
+    made_cut, session, images, _ = made("square")
     assert made_cut.affine is None
     monkeypatch.setattr(made_cut, "affine", AffineHead(None, 30, False))
-    found = made_cut.forward(images, leaves, gradients=True)
-    graph = made_cut.forward(images, leaves, gradients=True, closed_form=False)
+    found = session.forward(images, "gradients")
+    graph = session.forward(images, "gradients", closed_form=False)
     targets = resolve_targets([0, 1, 2], found.output, 3)
     torch.testing.assert_close(found.gradients(targets), graph.gradients(targets), rtol=1e-12, atol=1e-14)
     assert not found.uniform
@@ -161,9 +163,9 @@ def test_a_wrong_analysis_is_caught_by_the_verification(monkeypatch, caplog):
 
 
 def test_the_verification_leaves_the_random_state_alone():
-    made_cut, leaves, images, _ = made("pool flatten linear")
+    _, session, images, _ = made("pool flatten linear")
     before = torch.get_rng_state()
-    made_cut.forward(images, leaves, gradients=True)
+    session.forward(images, "gradients")
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -186,8 +188,8 @@ def test_a_skip_connection_around_the_layer_is_not_closed_form():
     index, layer = find_layer(program, model, "body", 2)
     made_cut = cut(program, index, layer)
     assert made_cut.affine is None
-    leaves = Weights(program, model).values()
-    passed = made_cut.forward(images, leaves, gradients=True)
+    session = Bound(made_cut, model, torch.float64).session()
+    passed = session.forward(images, "gradients")
     found = passed.gradients(resolve_targets([0, 1, 2], passed.output, 3))
     expected = (model.fc.weight[[0, 1, 2]] / 30)[..., None, None].expand_as(found)
     torch.testing.assert_close(found, expected)

@@ -15,6 +15,7 @@ from fastcam.program.capture import CaptureError, Program, capture
 from fastcam.program.cut import cut
 from fastcam.program.execute import Schedule, Weights
 from fastcam.program.layers import find_layer
+from fastcam.program.session import Bound
 from fastcam.program.targets import resolve_targets
 
 
@@ -392,8 +393,8 @@ def test_folding_batch_norms_changes_nothing_but_rounding(model, layer):
         node.kind for node in folded.program.nodes if node.index in folded.program.ancestors(program.output_indices)
     ]
     assert ("norm" in kinds) == (layer == "conv")
-    found = folded.forward(images, Weights(folded.program, model).values(), gradients=True)
-    expected = plain.forward(images, Weights(program, model).values(), gradients=True)
+    found = Bound(folded, model, torch.float64).session().forward(images, "gradients")
+    expected = Bound(plain, model, torch.float64).session().forward(images, "gradients")
     torch.testing.assert_close(found.output, expected.output, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found.features, expected.features, rtol=1e-12, atol=1e-12)
     targets = resolve_targets([0, 1, 4], found.output, 3)
@@ -405,8 +406,8 @@ def test_folded_weights_see_changed_statistics(model):
     program = capture(model, images)
     index, name = find_layer(program, model, None, 2)
     folded = cut(program, index, name, folded=True)
-    weights = Weights(folded.program, model)
+    bound = Bound(folded, model, torch.float32)
     for change in (model.norm.running_mean, model.norm.weight.data, model.conv.bias.data):
         change.add_(1)
-        passed = folded.forward(images, weights.values(), gradients=False)
+        passed = bound.session().forward(images)
         torch.testing.assert_close(passed.output, model(images).detach(), rtol=1e-4, atol=1e-4)

@@ -8,9 +8,9 @@ import torch
 from fastcam._testing.models import torchvision_models
 from fastcam.program.capture import capture
 from fastcam.program.cut import cut
-from fastcam.program.execute import Weights
-from fastcam.program.hooks import hook_cut
+from fastcam.program.hooks import hook_session
 from fastcam.program.layers import find_layer
+from fastcam.program.session import Bound
 from fastcam.program.targets import resolve_targets
 
 #: name, image size, expected automatic layer, whether the head behind it is closed form
@@ -36,7 +36,7 @@ def build(name: str) -> torch.nn.Module:
 
 
 def gradients_by_hook(model, layer, images, classes):
-    passed = hook_cut(model, layer, images).forward(images, gradients=True)
+    passed = hook_session(model, layer, images, "").forward(images, "gradients")
     return passed.features, passed.output, passed.gradients(resolve_targets(classes, passed.output, len(images)))
 
 
@@ -48,7 +48,8 @@ def test_automatic_layer(name, side, layer, closed):
     if layer:
         assert found == layer
     made = cut(program, index, found)
-    passed = made.forward(images, Weights(program, model).values(), gradients=True)
+    session = Bound(made, model, torch.float32).session()
+    passed = session.forward(images, "gradients")
     with torch.no_grad():
         assert torch.equal(passed.output, model(images))
     classes = [3, 7]
@@ -58,7 +59,7 @@ def test_automatic_layer(name, side, layer, closed):
         features, _, expected = gradients_by_hook(model, layer, images, classes)
         assert torch.equal(passed.features, features)
     else:
-        by_graph = made.forward(images, Weights(program, model).values(), gradients=True, closed_form=False)
+        by_graph = session.forward(images, "gradients", closed_form=False)
         expected = by_graph.gradients(resolve_targets(classes, passed.output, 2))
     scale = expected.abs().max()
     assert scale > 0
@@ -83,7 +84,7 @@ def test_inner_layers(name, layer):
     model, images = build(name), torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     program = capture(model, images)
     index, found = find_layer(program, model, layer, 2)
-    passed = cut(program, index, found).forward(images, Weights(program, model).values(), gradients=True)
+    passed = Bound(cut(program, index, found), model, torch.float32).session().forward(images, "gradients")
     classes = torch.tensor([[0, 5], [1, 1], [999, 3]])
     gradients = passed.gradients(resolve_targets(classes, passed.output, 3))
     for column in range(2):

@@ -16,8 +16,8 @@ from ..transpose import transpose
 from . import maxima, normalisers, pointwise
 from .step import Cotangents, Rule, Step
 
-__all__ = ["AFFINE", "Rule", "Step", "UnsupportedOpError", "known", "register_rescale_rule", "registered", "rule_for"]
-__all__ += ["unsupported"]
+__all__ = ["AFFINE", "ELEMENTWISE", "Rule", "Step", "UnsupportedOpError", "known", "maxima", "register_rescale_rule"]
+__all__ += ["registered", "rule_for", "unsupported"]
 
 
 class UnsupportedOpError(RuntimeError):

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from fastcam import ops
 
 from ..nodes import Ref, op_name
 from .step import Cotangents, Step
 
 __all__ = ["elementwise", "leaky_relu", "matrix_product", "maximum", "minimum", "product", "quotient", "rectifier"]
+__all__ += ["secant"]
 
 #: |u - u'| up to which a smooth function's slope is its derivative at the midpoint, wrong by (u - u')^2 f''' / 24, not
 #: a quotient of differences that cancel.
@@ -27,7 +33,14 @@ def elementwise(step: Step, given: Tensor) -> Cotangents:
     (u, u_ref), (v, v_ref) = step.operand(), step.result()
     if v.shape != u.shape:
         raise NotImplementedError("a function of one tensor that changes its shape")
-    name = op_name(step.node.target)
+    return {step.source(): given * secant(step.run, op_name(step.node.target), u, u_ref, v, v_ref)}
+
+
+def secant(f: Callable[[Tensor], Any], name: str, u: Tensor, u_ref: Tensor, v: Tensor, v_ref: Tensor) -> Tensor:
+    """(v - v') / (u - u') for v = f(u), and the derivative at the midpoint where u and u' are (nearly) equal.
+
+    name  the operator, which tells how near is near
+    """
     difference = u - u_ref
     bound: float | Tensor = _NEAR.get(u.dtype, _NEAR_HALF) if name in _SMOOTH else 0.0
     if name in _BENDS_AT_ZERO:
@@ -36,19 +49,8 @@ def elementwise(step: Step, given: Tensor) -> Cotangents:
     with torch.enable_grad():
         # Away from there the derivative is not used, only kept from being NaN.
         middle = torch.where(near, (u + u_ref) / 2, u).requires_grad_()
-        (slope,) = torch.autograd.grad(step.run(middle).sum(), middle)
-    return {step.source(): given * torch.where(near, slope, (v - v_ref) / torch.where(near, 1, difference))}
-
-
-class ops:  # TEMPORARY until the op lands
-    @staticmethod
-    def rescale_multipliers(g: Tensor, u: Tensor, v: Tensor, a: float = 0.0) -> Tensor:
-        def f(x: Tensor) -> Tensor:
-            return torch.where(x > 0, x, a * x)
-
-        same = ((u > 0) & (v > 0)) | ((u <= 0) & (v <= 0))
-        ones = torch.ones_like(u)
-        return g * torch.where(same, torch.where(u > 0, ones, a * ones), (f(u) - f(v)) / torch.where(same, 1, u - v))
+        (slope,) = torch.autograd.grad(f(middle).sum(), middle)
+    return torch.where(near, slope, (v - v_ref) / torch.where(near, 1, difference))
 
 
 def rectifier(step: Step, given: Tensor) -> Cotangents:

@@ -1,0 +1,132 @@
+"""Score-CAM on ResNet-18, one image of 224 x 224, 512 masks: seconds beside TorchCAM at the same chunk size.
+
+    python -P benchmarks/methods/bench_score_cam.py [--rounds 5]
+
+Random weights, float32. F is the model's own forward on one image under `inference_mode`; 512 masked images of it in
+chunks are what any implementation has to run. Correctness first: coefficients against TorchCAM's in its own order of
+scaling and resizing, maps of the bf16 run against float32 by cosine similarity. Peak memory is taken in fresh processes
+at two chunk sizes: it follows the chunk, not the number of maps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _harness as harness
+
+import fastcam
+from fastcam._testing.models import torchvision_models
+
+CHUNK, SIDE, TARGET = 32, 224, 7
+
+
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return torchvision_models().resnet18(weights=None).eval()
+
+
+def image() -> torch.Tensor:
+    return torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+
+
+def torchcam_call(model: nn.Module, images: torch.Tensor) -> Callable[[], list[torch.Tensor]] | None:
+    try:
+        from torchcam.methods import ScoreCAM
+    except ImportError:
+        print("torchcam is not installed (extra 'peers'); its row is left out")
+        return None
+    extractor = ScoreCAM(model, "layer4", batch_size=CHUNK, enable_hooks=False)
+
+    def call() -> list[torch.Tensor]:
+        extractor.enable_hooks()
+        try:
+            with torch.no_grad():
+                return extractor(TARGET, model(images))
+        finally:
+            extractor.disable_hooks()
+
+    return call
+
+
+def measure(options: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    model, images = resnet(), image()
+    settings: dict[str, Any] = {"layer": "layer4", "chunk": CHUNK}
+    full = fastcam.Explainer(model, "score_cam", **settings)
+    half = fastcam.Explainer(model, "score_cam", precision="bf16", channels_last=True, **settings)
+
+    def forward() -> None:
+        with torch.inference_mode():
+            model(images)
+
+    calls: dict[str, Callable[[], Any]] = {"forward": forward}
+    match: dict[str, tuple[bool, float]] = {"forward": (True, 0.0)}
+    expected = full(images, TARGET)
+    with fastcam.backend("reference"):
+        slow = full(images, TARGET)
+    match["score_cam"] = harness.agree(expected.maps, slow.maps, 1e-4)
+    calls["score_cam"] = lambda: full(images, TARGET)
+    bf16 = half(images, TARGET).maps
+    cosine = float(nn.functional.cosine_similarity(expected.maps.flatten(1), bf16.flatten(1)).min())
+    match["score_cam, bf16 channels_last"] = (cosine > 0.99, 1 - cosine)
+    calls["score_cam, bf16 channels_last"] = lambda: half(images, TARGET)
+    peer = torchcam_call(resnet(), images)
+    if peer is not None:
+        theirs = fastcam.Explainer(model, "score_cam", order="minmax_then_resize", size="layer", **settings)
+        match["torchcam"] = harness.agree(torch.as_tensor(peer()[0]), theirs(images, TARGET).maps, 1e-3)
+        calls["torchcam"] = peer
+    times = harness.alternate(calls, options.rounds, warmup=1)
+    rows = []
+    for name, seconds in times.items():
+        ratios = {"times_forward": harness.ratio(times, name, "forward")}
+        if "torchcam" in times:
+            ratios["times_torchcam"] = harness.ratio(times, name, "torchcam")
+        rows.append(harness.row(name, seconds, match[name][0], max_err=match[name][1], **ratios))
+    return rows, {"bf16_cosine": round(cosine, 5)}
+
+
+def peak_mib(chunk: int) -> float:
+    """Peak resident memory of one call above the state before it, in a fresh process, after one call for warmth."""
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
+        "import bench_score_cam as bench, fastcam\n"
+        "made = fastcam.Explainer(bench.resnet(), 'score_cam', layer='layer4', chunk=int(sys.argv[2]))\n"
+        "images = bench.image(); made(images, 7)\n"
+        "def status(key):\n"
+        "    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(key))\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\n"
+        "before = status('VmRSS:'); made(images, 7); print(status('VmHWM:') - before)\n"
+    )
+    # Blocks above 1 MiB come from and go back to the system at once, so that resident memory follows the tensors.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
+    command = [sys.executable, "-P", "-c", code, str(Path(__file__).parent), str(chunk)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return int(done.stdout.split()[-1]) / 1024
+
+
+def main() -> None:
+    parser = harness.arguments(__doc__.splitlines()[0])
+    parser.set_defaults(rounds=5)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    start = time.time()
+    rows, more = measure(options)
+    more |= {f"peak_mib_chunk_{chunk}": round(peak_mib(chunk), 1) for chunk in (8, CHUNK)}
+    harness.table(rows, ["name", "times_forward", "times_torchcam", "median_us", "iqr_us", "max_err", "match"])
+    print(json.dumps(more, indent=1))
+    seconds = round(time.time() - start)
+    harness.write("score_cam", options.device, rows, options.out, chunk=CHUNK, side=SIDE, seconds=seconds, **more)
+
+
+if __name__ == "__main__":
+    main()
