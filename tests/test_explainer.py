@@ -45,8 +45,8 @@ class Branching(Small):
 
 
 #: Methods that explain pixels unless a layer is named, and methods that cannot do with a forward hook.
-PIXELS = {"deep_lift"}
-NEED_CAPTURE = {"lift_cam", "a_fmi", "deep_lift"}
+PIXELS = {"deep_lift", "full_grad"}
+NEED_CAPTURE = {"lift_cam", "a_fmi", "deep_lift", "full_grad"}
 
 
 @pytest.fixture
@@ -588,7 +588,9 @@ def test_explainers_of_two_precisions_share_a_model(model, images):
             assert torch.equal(half(images).maps, expected[0])
             assert torch.equal(full(images).maps, expected[1])
     assert not packed
-    weights = [weakref.ref(tensor) for kept in half._bound.values() for _, tensor in kept.weights._converted.values()]
+    weights = [
+        weakref.ref(tensor) for kept in half._bindings._kept.values() for _, tensor in kept.weights._converted.values()
+    ]
     del half
     gc.collect()
     assert all(weight() is None for weight in weights)

@@ -107,6 +107,8 @@ class Schedule:
         made = {node.index for node in chosen}
         kept_storage = {program.storage[i] for i in keep}
         self._steps: list[tuple[int, Callable[..., Any], tuple[Any, ...], dict[str, Any], tuple[int, ...], Node]] = []
+        #: Values that exist only inside a fused step, by its result; all have the result's shape.
+        self._inside: dict[int, tuple[int, ...]] = {}
         # Tails run earlier than their nodes would, never later, so a last reader stays one.
         tails = find_tails(program, chosen, keep) if packed else {}
         fused = {index for tail in tails.values() for index in tail.nodes}
@@ -120,7 +122,9 @@ class Schedule:
             if packed and op_name(node.target) == "conv2d":
                 tail = tails.get(node.index)
                 function = PackedConvolution(relu=tail is not None and tail.relu)
-                result = tail.nodes[-1] if tail is not None else result
+                if tail is not None:
+                    result = tail.nodes[-1]
+                    self._inside[result] = (node.index, *tail.nodes[:-1])
                 kwargs = kwargs | ({"other": Ref(added[node.index])} if node.index in added else {})
             elif in_place:
                 function = self._overwriting(program, node, made, kept_storage) or function
@@ -159,7 +163,8 @@ class Schedule:
             except Exception as error:
                 raise _located(error, node) from error
             if shapes is not None and isinstance(values[index], torch.Tensor):
-                shapes[index] = values[index].shape
+                for one in (index, *self._inside.get(index, ())):
+                    shapes[one] = values[index].shape
             if watch is not None:
                 watch(index)
             for value in dead:

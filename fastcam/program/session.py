@@ -115,7 +115,7 @@ class CapturedSession(Session):
         with neutral_modes():
             features = values[self.cut.feature]
             entering = self.cut.entering(values)
-            closed_form = closed_form and needs in ("gradients", "multipliers", "parts")
+            closed_form = closed_form and needs not in ("features", "biases")
             affine = self._affine(features, by_index) if closed_form else None
             if needs == "multipliers" and affine is None:
                 recorded = self.cut.walk().record(features, self.leaves | entering, len(images))

@@ -13,9 +13,9 @@ from fastcam._testing.models import seeded
 from fastcam.program import execute
 from fastcam.program.capture import capture
 from fastcam.program.cut import cut
-from fastcam.program.execute import Weights
 from fastcam.program.layers import find_layer
 from fastcam.program.nodes import op_name
+from fastcam.program.session import Bound
 from fastcam.program.tails import find_tails
 
 CHANNELS = 8
@@ -198,11 +198,11 @@ def summed(made) -> list[list[str]]:
 
 
 def features(made, model, images, dtype, channels_last):
-    weights = Weights(made.program, model, dtype, channels_last)
+    bound = Bound(made, model, torch.float32, dtype, channels_last)
     layout = torch.channels_last if channels_last else torch.preserve_format
     given = images.to(dtype=dtype, memory_format=layout, copy=True)
     kept = given.clone()
-    found = made.forward(given, weights.values(), gradients=False)
+    found = bound.session().forward(given)
     assert torch.equal(given, kept)
     return found.features, found.output
 
