@@ -21,10 +21,3 @@ inline float __bfloat162float(__nv_bfloat16 x) {
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
-
-inline __nv_bfloat16 __float2bfloat16_rn(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if (x != x) return {uint16_t(bits >> 16 | 0x40)};
-  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
-}

@@ -7,4 +7,3 @@ struct __half {
 
 inline __half __float2half_rn(float x) { return {_Float16(x)}; }
 inline float __half2float(__half x) { return float(x.value); }
-inline __half __float2half_rn(float x) { return {_Float16(x)}; }
