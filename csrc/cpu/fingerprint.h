@@ -49,7 +49,7 @@ struct FingerprintLanes {
           held[i] = reinterpret_cast<Vector<uint32_t, N>>((words << 15) | (words >> 49));
         }
       }
-      for (int i = 0; i < kHeld; ++i) store<N>(args.state + (first + i) * N, held[i]);
+      for (int i = 0; i < kHeld; ++i) store_raw<uint32_t, N>(args.state + (first + i) * N, held[i]);
     }
   }
 };

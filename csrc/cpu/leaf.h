@@ -103,6 +103,11 @@ FASTCAM_INLINE Vector<T, N> load_raw(const void* p) {
   return *reinterpret_cast<const typename VectorOf<T, N>::unaligned*>(p);
 }
 
+template <typename T, int N>
+FASTCAM_INLINE void store_raw(void* p, Vector<T, N> v) {
+  *reinterpret_cast<typename VectorOf<T, N>::unaligned*>(p) = v;
+}
+
 template <int N, typename T>
 FASTCAM_INLINE Vector<T, N> splat(T value) {
   return Vector<T, N>{} + value;

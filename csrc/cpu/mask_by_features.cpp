@@ -110,7 +110,7 @@ Tensor mask_by_features(const Tensor& images, const Tensor& features, int64_t st
   const Chunk chunk = check_mask_by_features(images, features, start, count, noise, scale, order);
   Tensor result = empty_masked_images(images, chunk);
   if (result.numel() == 0) return result;
-  advise_huge_pages(result);
+  advise_huge_pages(result.const_data_ptr(), result.nbytes());
 
   Problem x;
   x.channels_last = is_channels_last(images);

@@ -46,7 +46,7 @@ Tensor rescale_multipliers(const Tensor& multipliers, const Tensor& inputs, cons
   check_elementwise(op, multipliers, inputs, reference);
   const Tensor out = at::empty_like(multipliers);
   if (out.numel() == 0) return out;
-  advise_huge_pages(out);
+  advise_huge_pages(out.const_data_ptr(), out.nbytes());
   const Runs x = as_runs(out, multipliers, inputs, reference);
   switch (inputs.scalar_type()) {
     case at::kDouble: compute<double, double>(x, out, negative_slope); break;
