@@ -29,7 +29,12 @@ def _parser() -> argparse.ArgumentParser:
         "--out", default="fastcam-demo", metavar="DIR", help="folder of the picture (default: %(default)s)"
     )
     demo.add_argument("--model", choices=("tiny_resnet", "tiny_vgg", "both"), default="both")
-    demo.add_argument("--methods", type=_methods, metavar="A,B", help="comma-separated names (default: all)")
+    demo.add_argument(
+        "--methods",
+        type=_methods,
+        metavar="A,B",
+        help="comma-separated names (default: all but the score_cam family, which takes minutes)",
+    )
     demo.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
     demo.set_defaults(run=_demo)
 
