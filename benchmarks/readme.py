@@ -36,6 +36,28 @@ CAM_ROWS = {
     "captum (no resize)": ("Captum 0.9.0, LayerGradCam, maps at 7 x 7", ""),
 }
 
+#: Row of the deep_lift suite -> what the README calls it and its goal.
+CONTRIBUTION_ROWS = {
+    "resnet50 lift_cam": ("ResNet-50, `lift_cam`, layer4 (closed form)", "1.03"),
+    "resnet50 a_fmi": ("ResNet-50, `a_fmi`, layer4, black reference kept from the first call", "1.05"),
+    "resnet50 ablation_cam": ("ResNet-50, `ablation_cam`, layer4 (closed form)", "1.05"),
+    "resnet50 shap_cam": ("ResNet-50, `shap_cam`, layer4 (closed form)", ""),
+    "resnet50 smooth_grad_cam_pp": ("ResNet-50, `smooth_grad_cam_pp`, layer4 (closed form)", ""),
+    "resnet50 full_grad": ("ResNet-50, `full_grad`", ""),
+    "resnet50 deep_lift": ("ResNet-50, `deep_lift` at the pixels, black reference kept", "3.5"),
+    "resnet50 captum LayerDeepLift": ("ResNet-50, Captum LayerDeepLift, layer4", ""),
+    "vgg16 lift_cam": ("VGG-16, `lift_cam`, features.29", "1.15"),
+    "vgg16 a_fmi": ("VGG-16, `a_fmi`, features.29", ""),
+    "vgg16 ablation_cam": ("VGG-16, `ablation_cam`, features.29 (512 head runs an image)", ""),
+    "vgg16 shap_cam": ("VGG-16, `shap_cam`, features.29, 2 orders of 512 maps", ""),
+    "vgg16 captum LayerDeepLift": ("VGG-16, Captum LayerDeepLift, features.29", ""),
+    "vgg16 deep_lift": ("VGG-16, `deep_lift` at the pixels, black reference kept", "half of Captum's"),
+    "vgg16 captum DeepLift": ("VGG-16, Captum DeepLift at the pixels", ""),
+}
+
+#: Method -> suite and rows its cost in the table of methods comes from, and what the row's network is called there.
+MEASURED_AS = {"resnet50": "ResNet-50", "vgg16": "VGG-16"}
+
 #: Block and row of the shap suite -> what the README calls it.
 SHAP_BLOCKS = {
     "tiny_vgg": "`features`",
@@ -60,12 +82,37 @@ def load(suite: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]], str]:
     return document["metadata"], {row["name"]: row for row in document["results"]}, str(path.relative_to(ROOT))
 
 
+def measured(suite: str) -> bool:
+    """Whether a CPU result file of the suite is there."""
+    return any(RESULTS.glob(f"{suite}--*--cpu.json"))
+
+
 def machine(meta: dict[str, Any]) -> str:
     return f"{meta['threads']} cores of an {meta['cpu']} ({meta['isa']}), torch {meta['packages']['torch']}"
 
 
 def methods() -> str:
-    return "\n".join(f"| `{name}` | {row['summary']} | {row['source']} |" for name, row in fastcam.methods().items())
+    return "\n".join(
+        f"| `{name}` | {row['summary']} | {cost(name)} | {row['source']} |" for name, row in fastcam.methods().items()
+    )
+
+
+def cost(method: str) -> str:
+    """What the method was measured to cost, in plain forward passes of the network named."""
+    family, contributions, perturbed = (
+        load(suite)[1] if measured(suite) else {} for suite in ("cam_family", "deep_lift", "score_cam")
+    )
+    found = []
+    for net, label in MEASURED_AS.items():
+        row = contributions.get(f"{net} {method}")
+        found += [f"{row['times_forward']:.2f} {label}"] if row else []
+    if method in family:
+        found.append(f"{family[method]['times_forward']:.2f} ResNet-50")
+    if method in perturbed:
+        found.append(f"{perturbed[method]['times_forward']:.0f} ResNet-18 (512 maps)")
+    if method in ("ss_cam", "is_cam"):  # by definition: the average over n runs of Score-CAM
+        found.append("n x `score_cam`")
+    return ", ".join(found) or "not measured yet"
 
 
 def numbers() -> str:
@@ -90,9 +137,51 @@ def numbers() -> str:
         f"forward (goal 1.1). Maps of the bf16 run have a cosine similarity of {meta['bf16_cosine_testbed']:.5f} to "
         "float32 on the testbed (goal 0.999).",
         "",
+        *contribution_numbers(),
+        "",
+        *score_cam_numbers(),
+        "",
         *cam_map_numbers(),
     ]
     return "\n".join(lines)
+
+
+def contribution_numbers() -> list[str]:
+    if not measured("deep_lift"):
+        return ["Contribution methods: not measured yet (`python -P benchmarks/methods/bench_deep_lift.py`)."]
+    meta, rows, path = load("deep_lift")
+    lines = [
+        f"Contribution methods, batch 8, 224 x 224, float32, {machine(meta)}; *F* as above, of the network named. "
+        f"[{Path(path).name}]({path}), from `python -P benchmarks/methods/bench_deep_lift.py`. Captum's DeepLift refuses "
+        "torchvision's ResNet-50, whose ReLU modules are re-used.",
+        "",
+        "| what | x F | goal |",
+        "| --- | ---: | ---: |",
+    ]
+    for name, (label, goal) in CONTRIBUTION_ROWS.items():
+        if name in rows and rows[name]["match"]:
+            lines.append(f"| {label} | {rows[name]['times_forward']:.2f} | {goal} |")
+    ours, theirs = meta["peak_mib_deep_lift_vgg16"], meta["peak_mib_captum_vgg16"]
+    lines += [
+        "",
+        f"Peak memory of pixel `deep_lift` on VGG-16 is {ours:.0f} MiB above the loaded model, Captum's {theirs:.0f} MiB "
+        f"({ours / theirs:.2f} x, goal 0.5).",
+    ]
+    return lines
+
+
+def score_cam_numbers() -> list[str]:
+    if not measured("score_cam"):
+        return ["Score-CAM: not measured yet (`python -P benchmarks/methods/bench_score_cam.py`)."]
+    meta, rows, path = load("score_cam")
+    mine, half = rows["score_cam"], rows.get("score_cam, bf16 channels_last")
+    bf16 = f"{half['times_torchcam']:.2f} x" if half else "not measured, this processor has no bf16 arithmetic"
+    return [
+        f"Score-CAM on ResNet-18, one image, 512 masks in chunks of {meta['chunk']}: {mine['times_torchcam']:.2f} x the "
+        f"time of TorchCAM 0.5.0 (goal 0.9); in bf16 and channels_last: {bf16} (goal 0.5). Peak memory is "
+        f"{meta['peak_mib_chunk_8']:.0f} MiB at chunks of 8 and {meta['peak_mib_chunk_32']:.0f} MiB at 32: it follows the "
+        f"chunk. [{Path(path).name}]({path}), from `python -P benchmarks/methods/bench_score_cam.py`.",
+    ]
 
 
 def cam_map_numbers() -> list[str]:

@@ -66,7 +66,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "full_grad": {},
         "deep_lift": {},
     },
-    "vgg16": {"lift_cam": {}, "a_fmi": {}, "smooth_grad_cam_pp": {}, "full_grad": {}, "deep_lift": {}},
+    "vgg16": {"lift_cam": {}, "a_fmi": {}, "deep_lift": {}},
 }
 SLOW: dict[str, dict[str, dict[str, Any]]] = {
     "vgg16": {"ablation_cam": {}, "shap_cam": {"n_orders": 2}},
