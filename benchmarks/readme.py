@@ -72,6 +72,19 @@ SHAP_ROWS = {
     "gradient x activation": "gradient x activation, summed",
 }
 
+#: Row of the references suite -> what the README calls it.
+REFERENCE_ROWS = {
+    **{
+        f"a_fmi, {variant}{signed}": f'`a_fmi`, `variant="{variant}"`{signed and ", 12 x 12"}'
+        for signed in ("", ", signed")
+        for variant in ("mean_multiplier", "contribution_ratio", "contribution", "swap")
+    },
+    "deep_lift": "`deep_lift` at the pixels",
+    "deep_lift, pooled": "`deep_lift`, pooled to 12 x 12",
+    "integrated gradients": "integrated gradients",
+    "integrated gradients, pooled": "integrated gradients, pooled to 12 x 12",
+}
+
 CAM_MAP_SHAPES = ("8x2048x7x7", "8x512x14x14", "8x256x56x56", "32x2048x7x7", "64x2048x14x14", "64x1024x28x28")
 
 
@@ -237,8 +250,39 @@ def faithfulness() -> str:
     return "\n".join(lines)
 
 
+def references() -> str:
+    meta, rows, path = load("references")
+    models = list(meta["less_sensitive_than_deep_lift"])
+    first = rows[f"{models[0]}: deep_lift"]
+    gap = rows["tiny_resnet: size of CAM(x'_1) - CAM(x'_2) relative to the map"]
+    lines = [
+        "Mean rank correlation (Spearman), ± its standard error, of a method's heat maps under two references, over all pairs "
+        f"of black, white, mean, blur and noise, on {first['n']} held-out scenes. Heat maps are at image size; rows at 12 x 12 "
+        "compare signed maps at the same resolution, since smooth maps rank alike more easily. `a_fmi` is a reconstruction "
+        f"from its paper's abstract. [{Path(path).name}]({path}), from `{meta['command']}`.",
+        "",
+        "| heat maps | " + " | ".join(f"`{model}`" for model in models) + " |",
+        "| --- |" + " ---: |" * len(models),
+    ]
+    for name, label in REFERENCE_ROWS.items():
+        cells = [rows[f"{model}: {name}"] for model in models]
+        lines.append(f"| {label} | " + " | ".join(f"{c['mean']:.3f} ± {c['standard_error']:.3f}" for c in cells) + " |")
+    lines += [
+        "",
+        "On `tiny_resnet`, whose head pools and is linear, two references' maps differ by CAM(x'_1) - CAM(x'_2): "
+        f"{gap['mean']:.2f} ± {gap['standard_error']:.2f} of the maps' size (2-norm).",
+    ]
+    return "\n".join(lines)
+
+
 def filled(text: str) -> str:
-    for section, table in (("methods", methods()), ("numbers", numbers()), ("faithfulness", faithfulness())):
+    sections = {
+        "methods": methods,
+        "numbers": numbers,
+        "faithfulness": faithfulness,
+        "references": references,
+    }
+    for section, table in ((name, make()) for name, make in sections.items()):
         pattern = rf"(<!-- {section}: start -->\n).*?(<!-- {section}: end -->)"
         text, count = re.subn(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.DOTALL)
         if count != 1:

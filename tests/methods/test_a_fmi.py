@@ -6,6 +6,7 @@ Float64; tolerances relative to the largest value.
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -16,6 +17,10 @@ from fastcam._testing.rescale import draw, multipliers
 
 VARIANTS = ["mean_multiplier", "contribution_ratio", "contribution", "swap"]
 CURVED = ["vgg", "overlapping pool", "residual", "gated"]
+
+
+#: For tests that change nothing: one capture for all.
+shared = functools.cache(head_net)
 
 
 def images(batch=3, seed=1, dtype=torch.float64) -> torch.Tensor:
@@ -58,7 +63,7 @@ def swapped(net, x, reference, target=1):
 @pytest.mark.parametrize("name", list(HEADS))
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_definition_and_completeness(name, variant):
-    net, x = head_net(name), images()
+    net, x = shared(name), images()
     result = fmi(net, x, variant=variant, return_probe=True)
     m, con, difference = multipliers(net, x, OTHER, layer="features")
     with torch.no_grad():
@@ -84,7 +89,7 @@ def test_definition_and_completeness(name, variant):
 
 
 def test_black_is_the_default_and_the_mean_multiplier():
-    net, x = head_net("vgg"), images()
+    net, x = shared("vgg"), images()
     black = torch.tensor([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225], dtype=torch.float64)
     base = black[:, None, None].expand(1, 3, 12, 12)
     plain = fastcam.attribute(net, x, "a_fmi", targets=1, layer="features")
@@ -94,7 +99,7 @@ def test_black_is_the_default_and_the_mean_multiplier():
 
 
 def test_the_class_is_the_images_own():
-    net, x = head_net("vgg"), images()
+    net, x = shared("vgg"), images()
     own = score(net, x, slice(None)).argmax(1)
     found = fmi(net, x, targets=None)
     assert torch.equal(found.targets, own)
@@ -105,7 +110,7 @@ def test_the_class_is_the_images_own():
 
 
 def test_closed_form_on_pooled_heads():
-    net, x = head_net("gap"), images()
+    net, x = shared("gap"), images()
     weight = net.head[2].weight.detach()[1]
     with torch.no_grad():
         a, r = net.features(x), net.features(OTHER)
@@ -138,7 +143,7 @@ def test_difference_of_two_classes_on_pooled_heads():
 
 
 def test_average_over_references_is_that_of_their_features_on_pooled_heads():
-    net, x = head_net("gap"), images()
+    net, x = shared("gap"), images()
     several = [images(seed=seed) for seed in (2, 3, 4)]
     found = fmi(net, x, reference=several, relu=False)
     weight = net.head[2].weight.detach()[1]
@@ -152,7 +157,7 @@ def test_average_over_references_is_that_of_their_features_on_pooled_heads():
 
 @pytest.mark.parametrize("name", CURVED)
 def test_ratio_maps_sum_to_the_difference(name):
-    net, x = head_net(name), images()
+    net, x = shared(name), images()
     found = fmi(net, x, variant="contribution_ratio", relu=False)
     close(found.raw.sum((1, 2)), found.extra["contributions"].sum(1), 1e-10)
 
@@ -172,7 +177,7 @@ def test_a_reference_without_features_gives_lift_cam(name):
 
 @pytest.mark.parametrize("name", list(HEADS))
 def test_exchange_of_image_and_reference(name):
-    net, x = head_net(name), images()
+    net, x = shared(name), images()
     one = {variant: fmi(net, x, variant=variant, relu=False) for variant in VARIANTS}
     other = {variant: fmi(net, OTHER, variant=variant, reference=x, relu=False) for variant in VARIANTS}
     close(other["contribution"].extra["contributions"], -one["contribution"].extra["contributions"])
@@ -186,7 +191,7 @@ def test_exchange_of_image_and_reference(name):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", ["gap", *CURVED])
 def test_the_image_as_its_own_reference(name, variant):
-    net, x = head_net(name), images()
+    net, x = shared(name), images()
     found = fmi(net, x, variant=variant, reference=x.clone(), relu=False)
     for tensor in (found.raw, found.maps, found.delta, found.extra["contributions"], found.extra["difference"]):
         assert (tensor == 0).all()
@@ -211,7 +216,7 @@ def test_saturation(variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", ["gap", "vgg"])
 def test_copies_of_a_reference_are_one(name, variant):
-    net, x = head_net(name), images()
+    net, x = shared(name), images()
     one, many = fmi(net, x, variant=variant), fmi(net, x, variant=variant, reference=[OTHER] * 3)
     for field in ("weights", "raw", "maps"):
         close(getattr(many, field), getattr(one, field), 1e-12)
@@ -221,7 +226,7 @@ def test_copies_of_a_reference_are_one(name, variant):
 @pytest.mark.parametrize("name", ["gap", "overlapping pool"])
 @pytest.mark.parametrize("targets", [1, [[0, 3], [1, 1], [4, 2]]], ids=["one", "several"])
 def test_averages_over_references_are_complete(name, targets):
-    net, x = head_net(name), images()
+    net, x = shared(name), images()
     several = [images(seed=2), images(1, seed=3), images(1, seed=4)[0], "mean"]
     found = fmi(net, x, targets, reference=several, variant="contribution", relu=False)
     parts = [fmi(net, x, targets, reference=r, variant="contribution", relu=False) for r in several]
@@ -239,7 +244,7 @@ def test_averages_over_references_are_complete(name, targets):
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", ["gap", "vgg"])
 def test_scaled_logits(name, variant):
-    net, x = head_net(name), images()
+    net, x = shared(name), images()
     before = fmi(net, x, variant=variant)
     other = copy.deepcopy(net)
     with torch.no_grad():
@@ -269,7 +274,7 @@ def test_a_random_last_layer_changes_the_maps():
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", ["gap", "vgg", "residual"])
 def test_images_and_targets_are_independent(name, variant):
-    net, x = head_net(name), images()
+    net, x = shared(name), images()
     rows = [[0, 3], [1, 1], [4, 2]]
     whole = fmi(net, x, rows, variant=variant, return_probe=True, reference=OTHER[:1])
     assert whole.weights.shape == (3, 2, MAPS)
@@ -283,7 +288,7 @@ def test_images_and_targets_are_independent(name, variant):
 
 
 def test_chunks_of_the_swap_do_not_matter():
-    net, x = head_net("vgg"), images()
+    net, x = shared("vgg"), images()
     found = [fmi(net, x, variant="swap", chunk=chunk).weights for chunk in (1, 4, 64)]
     close(found[1], found[0], 1e-11)
     close(found[2], found[0], 1e-11)
@@ -291,7 +296,7 @@ def test_chunks_of_the_swap_do_not_matter():
 
 @pytest.mark.parametrize("name", ["gap", "vgg"])
 def test_callables(name):
-    net, x = head_net(name), images()
+    net, x = shared(name), images()
     for variant in VARIANTS:
         found = fmi(net, x, lambda output: output[:, 1] - 2 * output[:, 3], variant=variant)
         close(
@@ -329,11 +334,11 @@ def test_maps_whose_difference_cancels_are_skipped():
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
-        fmi(head_net("gap"), images(), **options)
+        fmi(shared("gap"), images(), **options)
 
 
 def test_empty_batch():
-    net, x = head_net("vgg"), images()
+    net, x = shared("vgg"), images()
     for reference in ("black", OTHER[:1], [OTHER[:1], "mean"]):
         found = fmi(net, x[:0], [], reference=reference)
         assert found.maps.shape == (0, 12, 12)
@@ -342,7 +347,7 @@ def test_empty_batch():
 
 @pytest.mark.parametrize("name", ["gap", "vgg"])
 def test_half_precision_is_close(name):
-    net, x = head_net(name, dtype=torch.float32), images(dtype=torch.float32)
+    net, x = shared(name, dtype=torch.float32), images(dtype=torch.float32)
     plain = fmi(net, x, reference="black", relu=False)
     low = fastcam.Explainer(net, "a_fmi", layer="features", precision="bf16", channels_last=True, relu=False)(x, 1)
     cosine = torch.nn.functional.cosine_similarity(low.raw.float().flatten(1), plain.raw.flatten(1))

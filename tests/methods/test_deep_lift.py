@@ -5,6 +5,8 @@ Float64; tolerances relative to the largest value.
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -21,6 +23,15 @@ BUILDERS = {
     "residual": models.residual,
     **{name: (lambda name=name: head_net(name)) for name in ("overlapping pool", "gated", "quadratic")},
 }
+
+
+#: For tests that change nothing: one capture for all.
+shared = functools.cache(head_net)
+
+
+@functools.cache
+def built(name: str) -> nn.Module:
+    return BUILDERS[name]().double()
 
 
 def images(batch=3, seed=1, dtype=torch.float64) -> torch.Tensor:
@@ -46,7 +57,7 @@ def difference(net, x, reference, target=1):
 @pytest.mark.parametrize("layer", [None, "features", "first convolution"])
 @pytest.mark.parametrize("name", list(BUILDERS))
 def test_definition_and_completeness(name, layer):
-    net, x = BUILDERS[name]().double(), images()
+    net, x = built(name), images()
     if layer == "first convolution":
         layer = next(path for path, module in net.named_modules() if isinstance(module, nn.Conv2d))
     result = deep_lift(net, x, layer=layer, return_contributions=True)
@@ -61,7 +72,7 @@ def test_definition_and_completeness(name, layer):
 
 
 def test_maps_are_signed_and_divided_by_their_largest_magnitude():
-    net, x = head_net("vgg"), images()
+    net, x = shared("vgg"), images()
     result = deep_lift(net, x)
     close(result.maps, result.raw / result.raw.abs().amax((1, 2), keepdim=True))
     assert result.raw.min() < 0 < result.raw.max()
@@ -71,13 +82,13 @@ def test_maps_are_signed_and_divided_by_their_largest_magnitude():
 
 @pytest.mark.parametrize("name", list(HEADS))
 def test_exchange_of_image_and_reference(name):
-    net, x = head_net(name), images()
+    net, x = shared(name), images()
     close(deep_lift(net, OTHER, reference=x).raw, -deep_lift(net, x).raw)
 
 
 @pytest.mark.parametrize("name", list(HEADS))
 def test_the_image_as_its_own_reference(name):
-    found = deep_lift(head_net(name), images(), reference=images())
+    found = deep_lift(shared(name), images(), reference=images())
     for tensor in (found.raw, found.maps, found.delta):
         assert (tensor == 0).all()
 
@@ -158,7 +169,7 @@ def black(x):
 
 @pytest.mark.parametrize("name", ["gap", "vgg", "residual", "gated"])
 def test_images_and_targets_are_independent(name):
-    net, x = BUILDERS[name]().double(), images()
+    net, x = built(name), images()
     rows = [[0, 3], [1, 1], [4, 2]]
     whole = deep_lift(net, x, rows, reference="white", return_contributions=True)
     assert whole.maps.shape == (3, 2, 12, 12)
@@ -176,7 +187,7 @@ def test_images_and_targets_are_independent(name):
 
 def test_callables():
     for name in ("gap", "vgg"):
-        net, x = head_net(name), images()
+        net, x = shared(name), images()
         found = deep_lift(net, x, lambda output: output[:, 1] - 2 * output[:, 3])
         close(found.raw, deep_lift(net, x, 1).raw - 2 * deep_lift(net, x, 3).raw, 1e-11)
         with pytest.raises(ValueError, match="linear in the model's output"):
@@ -191,7 +202,7 @@ def test_callables_of_linear_networks_must_be_linear_too():
 
 
 def test_several_references_are_averaged():
-    net, x = head_net("vgg"), images()
+    net, x = shared("vgg"), images()
     several = [OTHER, "black", images(1, seed=5)]
     found = deep_lift(net, x, reference=several, return_contributions=True)
     parts = [deep_lift(net, x, reference=one, return_contributions=True) for one in several]
@@ -266,7 +277,7 @@ def test_not_finite(value):
 
 
 def test_empty_batch_and_unknown_options():
-    net = head_net("vgg")
+    net = shared("vgg")
     assert deep_lift(net, images(0), [], reference="black").maps.shape == (0, 12, 12)
     assert deep_lift(net, images(0), [], reference=OTHER[:1]).raw.shape == (0, 12, 12)
     with pytest.raises(TypeError, match=r"no option 'baseline'.*its options are: .*reference, seed"):

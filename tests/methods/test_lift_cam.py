@@ -6,6 +6,7 @@ Tolerances: q = max(|y(A)|, |y(0)|, sum |Con|) times 1e-12 in float64 and 1e-5 i
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 
 import pytest
@@ -19,6 +20,10 @@ from fastcam._testing.rescale import draw, multipliers
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 CURVED = [name for name in HEADS if name != "gap"]
+
+
+#: For tests that change nothing: one capture for all.
+shared = functools.cache(head_net)
 
 
 def images(batch=3, seed=1, dtype=torch.float64) -> torch.Tensor:
@@ -56,7 +61,7 @@ def close(found, expected, tolerance=1e-10):
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize("name", list(HEADS))
 def test_weights_add_up_to_the_score(name, dtype):
-    net, x = head_net(name, dtype=dtype), images(dtype=dtype)
+    net, x = shared(name, dtype=dtype), images(dtype=dtype)
     result = lift(net, x)
     scores, zeros = result.scores[:, 1], zeros_score(net, x)
     tolerance = TOLERANCE[dtype] * torch.stack([scores.abs(), zeros.abs(), result.weights.abs().sum(1)]).amax(0)
@@ -86,7 +91,7 @@ def test_complete_against_any_signed_reference_and_symmetric(name):
 
 
 def test_linear_head_gives_exact_shap_and_the_ablation_drop():
-    net, x = head_net("gap"), images()
+    net, x = shared("gap"), images()
     result = lift(net, x)
     features = net.features(x).detach()
     weight = net.head[2].weight.detach()[1]
@@ -116,7 +121,7 @@ def test_linear_head_gives_ablation_cams_map_and_not_grad_cams():
 
 
 def test_bias_free_relu_head_is_gradient_times_activation():
-    net, x = head_net("no bias"), images()
+    net, x = shared("no bias"), images()
     result = lift(net, x)
     a = net.features(x).detach().requires_grad_()
     (gradient,) = torch.autograd.grad(net.head(a)[:, 1].sum(), a)
@@ -127,7 +132,7 @@ def test_bias_free_relu_head_is_gradient_times_activation():
 
 def test_pairwise_games_have_their_shap_values():
     """Products of two maps: LIFT, exact SHAP, all orders and one order with its reverse are one."""
-    net, x = head_net("quadratic"), images(1)
+    net, x = shared("quadratic"), images(1)
     result, features = lift(net, x), net.features(x).detach()
     play = game(net, features)
     exact = exact_shap(play, MAPS)
@@ -138,7 +143,7 @@ def test_pairwise_games_have_their_shap_values():
 
 @pytest.mark.parametrize("name", CURVED)
 def test_sampled_shap_adds_up_to_what_the_weights_do(name):
-    net, x = head_net(name), images(1)
+    net, x = shared(name), images(1)
     result, play = lift(net, x), game(net, net.features(x).detach())
     for orders in ([(0, 1, 2, 3, 4)], [(2, 0, 1, 4, 3), (4, 3, 1, 0, 2), (1, 2, 3, 4, 0)]):
         close(sampled_shap(play, orders).sum(), result.weights.sum(), 1e-10)
@@ -186,7 +191,7 @@ def test_dummy_symmetric_and_scaled_maps():
 
 @pytest.mark.parametrize("name", list(HEADS))
 def test_images_are_independent_and_targets_too(name):
-    net, x = head_net(name), images()
+    net, x = shared(name), images()
     whole = lift(net, x, [[0, 3], [1, 1], [4, 2]])
     assert whole.weights.shape == (3, 2, MAPS)
     assert whole.maps.shape == (3, 2, 12, 12)
@@ -200,7 +205,7 @@ def test_images_are_independent_and_targets_too(name):
 
 @pytest.mark.parametrize("name", ["gap", "vgg", "quadratic"])
 def test_callables_must_be_linear(name):
-    net, x = head_net(name), images()
+    net, x = shared(name), images()
     difference = lift(net, x, lambda output: output[:, 1] - 2 * output[:, 3])
     close(difference.weights, lift(net, x, 1).weights - 2 * lift(net, x, 3).weights, 1e-12)
     close(difference.delta + 1, torch.ones(3, dtype=torch.float64), 1e-12)
@@ -270,7 +275,7 @@ def test_empty_batch_and_train_mode_and_nothing_left_behind():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_not_finite(value):
-    net, x = head_net("vgg", dtype=torch.float32), images(dtype=torch.float32)
+    net, x = shared("vgg", dtype=torch.float32), images(dtype=torch.float32)
     x[1, 0, 3, 3] = value
     with pytest.raises(ValueError, match="not finite for image 1"):
         lift(net, x)
@@ -283,7 +288,7 @@ def test_not_finite(value):
 @pytest.mark.parametrize(("targets", "error"), [(5, IndexError), ([0, 1], ValueError), ([[0, 9]] * 3, IndexError)])
 def test_bad_targets(targets, error):
     with pytest.raises(error):
-        lift(head_net("vgg"), images(), targets)
+        lift(shared("vgg"), images(), targets)
 
 
 def test_a_network_that_cannot_be_captured():
@@ -306,7 +311,7 @@ def test_a_network_that_cannot_be_captured():
 @pytest.mark.parametrize("name", ["vgg", "residual", "gated"])
 @pytest.mark.parametrize("settings", [{"precision": "bf16"}, {"channels_last": True}, {"precision": "fp64"}], ids=str)
 def test_converted_runs_are_close(name, settings):
-    net, x = head_net(name, dtype=torch.float32), images(dtype=torch.float32)
+    net, x = shared(name, dtype=torch.float32), images(dtype=torch.float32)
     plain = lift(net, x)
     result = fastcam.Explainer(net, "lift_cam", layer="features", **settings)(x, 1)
     low = settings.get("precision") == "bf16"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -19,6 +20,10 @@ from fastcam.program.session import CapturedSession
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OWN = {"mean": (0.1, 0.5, 0.7), "std": (0.4, 0.2, 1.5)}
+
+
+#: For tests that change nothing: one capture for all.
+shared = functools.cache(head_net)
 
 
 def images(batch=3, size=(12, 12), seed=1, dtype=torch.float64) -> torch.Tensor:
@@ -71,7 +76,7 @@ def expected(name: str, x: torch.Tensor, mean, std) -> torch.Tensor:
 def test_named_references(name, given):
     """The method's result equals that with the oracle's images, and the images themselves are the oracle's."""
     mean, std = (MEAN, STD) if given is None else (given["mean"], given["std"])
-    net, x = head_net("vgg"), images()
+    net, x = shared("vgg"), images()
     base = expected(name, x, mean, std)
     pixels = Pixels() if given is None else Pixels(given["mean"], given["std"])
     torch.testing.assert_close(reference_images(name, x, pixels, 4), base, rtol=0, atol=1e-12)
@@ -101,7 +106,7 @@ def test_named_references_of_other_ranks(rank):
 
 
 def test_noise_depends_on_the_seed_alone():
-    net, x = head_net("vgg"), images()
+    net, x = shared("vgg"), images()
     state = torch.get_rng_state()
     one, same, other = (
         fastcam.attribute(net, x, "a_fmi", reference="noise", seed=seed, targets=1).weights for seed in (0, 0, 1)
@@ -131,7 +136,7 @@ def passes(monkeypatch):
 @pytest.mark.parametrize("method", ["a_fmi", "deep_lift"])
 @pytest.mark.parametrize("name", ["black", "white", "mean", "noise"])
 def test_shared_references_run_once(passes, method, name):
-    net, x = head_net("vgg"), images()
+    net, x = shared("vgg"), images()
     explainer = fastcam.Explainer(net, method, layer="features", reference=name)
     first = explainer(x, 1)
     assert passes == [3, 1]
@@ -146,7 +151,7 @@ def test_shared_references_run_once(passes, method, name):
 
 @pytest.mark.parametrize("name", ["blur", "image_mean"])
 def test_references_made_of_the_image_run_each_time(passes, name):
-    explainer = fastcam.Explainer(head_net("vgg"), "a_fmi", layer="features", reference=name)
+    explainer = fastcam.Explainer(shared("vgg"), "a_fmi", layer="features", reference=name)
     explainer(images(), 1)
     explainer(images(seed=3), 1)
     assert passes == [3, 3, 3, 3]
@@ -271,7 +276,7 @@ def test_a_reference_kept_by_index_serves_callables_and_back():
 )
 def test_bad_references(method, reference, error, message):
     with pytest.raises(error, match=message):
-        fastcam.attribute(head_net("vgg"), images(), method, reference=reference, targets=1, layer="features")
+        fastcam.attribute(shared("vgg"), images(), method, reference=reference, targets=1, layer="features")
 
 
 def test_images_of_one_channel_must_say_how_they_were_normalised():
@@ -299,4 +304,4 @@ def test_images_of_one_channel_must_say_how_they_were_normalised():
 )
 def test_bad_pixels(settings, message):
     with pytest.raises(ValueError, match=message):
-        fastcam.Explainer(head_net("vgg"), "a_fmi", **settings)
+        fastcam.Explainer(shared("vgg"), "a_fmi", **settings)
