@@ -251,6 +251,8 @@ def faithfulness() -> str:
 
 
 def references() -> str:
+    if not measured("references"):
+        return "References compared: not measured yet (`python -P benchmarks/faithfulness/bench_references.py`)."
     meta, rows, path = load("references")
     models = list(meta["less_sensitive_than_deep_lift"])
     first = rows[f"{models[0]}: deep_lift"]
