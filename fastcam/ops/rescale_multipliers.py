@@ -35,6 +35,13 @@ def rescale_multipliers(multipliers: Tensor, inputs: Tensor, reference: Tensor, 
     Cost: one pass over the three tensors. What does not lie in the result's memory order is copied to it first.
     Source: Shrikumar et al. 2017 (DeepLIFT), the Rescale rule.
     """
+    _check(multipliers, inputs, reference, negative_slope)
+    if _checks.needs_grad(multipliers, inputs, reference):
+        return _RescaleMultipliers.apply(multipliers, inputs, reference, negative_slope)
+    return _run(multipliers, inputs, reference, negative_slope)
+
+
+def _check(multipliers: Tensor, inputs: Tensor, reference: Tensor, negative_slope: float) -> None:
     op = "rescale_multipliers"
     _checks.check_tensor(op, "inputs", inputs)
     if inputs.dim() == 0:
@@ -45,9 +52,6 @@ def rescale_multipliers(multipliers: Tensor, inputs: Tensor, reference: Tensor, 
     _checks.check_tensor(op, "reference", reference)  # not optional here
     _checks.check_reference(op, reference, inputs, of="inputs")
     _checks.check_finite(op, "negative_slope", negative_slope)
-    if _checks.needs_grad(multipliers, inputs, reference):
-        return _RescaleMultipliers.apply(multipliers, inputs, reference, negative_slope)
-    return _run(multipliers, inputs, reference, negative_slope)
 
 
 def _run(multipliers: Tensor, inputs: Tensor, *rest: Any) -> Tensor:
@@ -80,6 +84,7 @@ class _RescaleMultipliers(torch.autograd.Function):
 
 def _reference(multipliers: Tensor, inputs: Tensor, reference: Tensor, negative_slope: float = 0.0) -> Tensor:
     _checks.refuse_grad("rescale_multipliers", multipliers, inputs, reference)
+    _check(multipliers, inputs, reference, negative_slope)  # the formula alone would broadcast what kernels refuse
     return references.rescale_multipliers(multipliers, inputs, reference, negative_slope)
 
 
