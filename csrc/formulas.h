@@ -162,4 +162,73 @@ FASTCAM_HD V rescale_factor(V u, V r, V slope) {
   return low <= low ? unless_u_nan : low;
 }
 
+// ---- relevance ----
+// V may be a vector of floats too, here and below.
+
+// r / (d moved away from zero by epsilon), 0 where even that is 0.
+template <typename V>
+FASTCAM_HD V relevance_quotient(V r, V d, V epsilon) {
+  const V up = d + epsilon, down = d - epsilon;
+  const V moved = d >= 0 ? up : down;
+  const V found = r / moved;
+  return moved == 0 ? V{} : found;
+}
+
+// The negative contributions z - p to an output z; 0 where rounding alone is left of the difference.
+template <typename V>
+FASTCAM_HD V relevance_negative(V z, V p, V noise) {
+  const V n = z - p, least = -noise * p;
+  return n >= least ? V{} : n;
+}
+
+// Messages u for positive weights and v for negative ones; `first`, `second` and `epsilon` as in the op.
+template <typename V>
+FASTCAM_HD void relevance_alpha_beta(V r, V z, V p, V first, V second, V epsilon, V noise, V& u, V& v) {
+  const V n = relevance_negative(z, p, noise);
+  u = first * relevance_quotient(r, p, epsilon);
+  const V found = -second * relevance_quotient(r, n, epsilon);
+  v = n == 0 ? V{} : found;
+}
+
+template <typename V>
+FASTCAM_HD void relevance_gamma(V r, V z, V p, V first, V second, V epsilon, V noise, V& u, V& v) {
+  const V n = relevance_negative(z, p, noise);
+  const V raised = relevance_quotient(r, z + first * p, epsilon), lowered = relevance_quotient(r, z + first * n, epsilon);
+  u = z <= 0 ? V{} : raised;  // NaN stays
+  v = z >= 0 ? V{} : lowered;
+}
+
+template <typename V>
+FASTCAM_HD void relevance_rap(V r, V z, V p, V, V, V, V noise, V& u, V& v) {
+  const V n = relevance_negative(z, p, noise);
+  const V positive = r <= 0 ? V{} : r, negative = r >= 0 ? V{} : r;
+  u = relevance_quotient(positive, p, V{});
+  v = relevance_quotient(negative, -n, V{}) + relevance_quotient(r, p - n, V{});
+}
+
+// Messages of Attribution Equilibrium: relevance times the reciprocals of its budgets, by each divisor.
+template <typename V>
+FASTCAM_HD void relevance_equilibrium(V r, V zc, V za, V zb, V ratio, V over_p, V over_q, V& sc, V& sa, V& sb) {
+  const V positive = (r <= 0 ? V{} : r) * over_p, negative = (r >= 0 ? V{} : r) * over_q;
+  sc = relevance_quotient(ratio * positive + negative, zc, V{});
+  sa = relevance_quotient(positive, za, V{});
+  sb = relevance_quotient(negative, zb, V{});
+}
+
+// The shared part of Attribution Equilibrium's relevance at an input x, before the shift.
+template <typename V>
+FASTCAM_HD V relevance_shared(V x, V tc) {
+  const V product = x * tc;
+  return x <= 0 ? V{} : product;
+}
+
+// Relevance at an input: less `unit` where the shared part is not 0, and the message of its activity.
+template <typename V>
+FASTCAM_HD V relevance_combined(V x, V tc, V ta, V tb, V unit, V threshold) {
+  const V shared = relevance_shared(x, tc);
+  const V taken = shared == 0 ? V{} : unit;
+  const V added = x > threshold ? ta : tb;
+  return shared - taken + added;
+}
+
 }  // namespace fastcam

@@ -11,6 +11,7 @@ from typing import Any
 from fastcam.backends import backend, backends
 from fastcam.explainer import Attribution, Explainer, attribute
 from fastcam.methods import methods
+from fastcam.program.relevance import register_relevance_rule
 from fastcam.program.rescale import UnsupportedOpError, register_rescale_rule
 
 __version__ = "0.1.0"
@@ -24,7 +25,7 @@ __all__ = [
     "backends",
     "methods",
 ]
-__all__ += ["ops", "register_rescale_rule"]
+__all__ += ["ops", "register_relevance_rule", "register_rescale_rule", "relevance"]
 
 
 def _adopt_checkout_kernels(pkg: str = __name__) -> None:
@@ -48,6 +49,6 @@ _adopt_checkout_kernels()
 
 
 def __getattr__(name: str) -> Any:
-    if name == "ops":
-        return importlib.import_module("fastcam.ops")
+    if name in ("ops", "relevance"):
+        return importlib.import_module(f"fastcam.{name}")
     raise AttributeError(f"module 'fastcam' has no attribute {name!r}")

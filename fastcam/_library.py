@@ -34,6 +34,25 @@ SCHEMAS = {
     "rescale_multipliers": (
         "(Tensor multipliers, Tensor inputs, Tensor reference, float negative_slope=0.0) -> Tensor"
     ),
+    # The relevance_* ops: everything (B,...) of one dtype, results with the strides of empty_like(relevance).
+    "relevance_divide": "(Tensor relevance, Tensor divisor, Tensor? factor=None, float epsilon=1e-06) -> Tensor",
+    "relevance_add": (
+        "(Tensor relevance, Tensor first, Tensor second, Tensor? factor=None, float epsilon=1e-06) -> (Tensor, Tensor)"
+    ),
+    # -> (B,2C,...): the messages of the positive weights, then those of the negative ones; channels_last where the
+    # relevance is, else contiguous.
+    "relevance_split": (
+        "(Tensor relevance, Tensor output, Tensor positive, Tensor? factor=None, *, str rule, float first=2.0, "
+        "float second=1.0, float epsilon=1e-06) -> Tensor"
+    ),
+    # -> contiguous (B,2) in the accumulation dtype: what the positive and the negative entries of an image add up to.
+    "relevance_budgets": "(Tensor relevance) -> Tensor",
+    # divisors (3B,...) -> (3B,...)
+    "relevance_equilibrium": "(Tensor relevance, Tensor budgets, Tensor divisors, float ratio=2.0) -> Tensor",
+    # inputs (B,...), parts (3B,...) -> (B,...), as empty_like(inputs)
+    "relevance_combine": (
+        "(Tensor inputs, Tensor parts, Tensor budgets, bool shift=True, float threshold=0.0) -> Tensor"
+    ),
 }
 
 # Kept at module level: a collected Library takes its ops with it.

@@ -18,9 +18,9 @@ from fastcam import methods as registry
 from fastcam.methods._maps import finish
 from fastcam.methods._method import CamOptions, Passage, Pixels
 from fastcam.program.capture import CaptureError, capture
-from fastcam.program.forward import Forward, Session
+from fastcam.program.forward import Backward, Forward, Session
 from fastcam.program.hooks import hook_session
-from fastcam.program.layers import LayerNotInProgram, check_spatial, find_layer, layer_names
+from fastcam.program.layers import LayerNotInProgram, check_spatial, find_layer, layer_names, layer_of
 from fastcam.program.session import Bindings
 from fastcam.program.state import neutral_modes, unwrap
 from fastcam.program.targets import Targets, TargetSpec, resolve_targets
@@ -180,7 +180,7 @@ class Explainer:
             layer=passed.layer,
             method=self.method.name,
             # Not `asdict`: it copies, and what a callable is bound to may not be copyable.
-            options={field.name: getattr(options, field.name) for field in dataclasses.fields(options)} | certainty,
+            options={f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.init} | certainty,
             extra=evidence.extra,
         )
 
@@ -191,24 +191,36 @@ class Explainer:
         own = parameter.dtype if parameter is not None else images.dtype
         try:
             program = capture(self.model, images.to(own))
-            if self.method.pixels and self.layer is None:
+            layer: Any = self.layer
+            if layer is None and self.method.start is not None:
+                layer = self.method.start(program, self.model, images.ndim - 2)
+            if layer is None and self.method.pixels:
                 feature, name = program.input, "input"
+            elif isinstance(layer, int):
+                feature, name = layer, layer_of(program, layer)
             else:
                 reshaped = self.options.reshape_transform is not None
-                feature, name = find_layer(program, self.model, self.layer, images.ndim - 2, reshaped)
+                feature, name = find_layer(program, self.model, layer, images.ndim - 2, reshaped)
         except (CaptureError, LayerNotInProgram) as reason:
             return self._hooked(images, str(reason))
+        needs = self.options.needed(self.method.needs)
         # Folding norms into convolutions would take away the biases a method asks for.
-        return self._bindings.session(program, feature, name, own, foldable=self.method.needs != "biases")
+        foldable = needs != "biases" and not (isinstance(needs, Backward) and not needs.folded)
+        fold = isinstance(needs, Backward) and needs.folded
+        return self._bindings.session(program, feature, name, own, foldable, fold)
 
     def _hooked(self, images: torch.Tensor, reason: str) -> Session:
+        needs = self.options.needed(self.method.needs)
         unmet = [
             text
             for text, asked in (
                 (f"precision={self.precision!r}", self.precision is not None),
                 ("channels_last=True", self.channels_last),
                 ("compile=True", self.compile),
-                (f"method '{self.method.name}'", self.method.needs == "multipliers" or self.method.pixels),
+                (
+                    f"method '{self.method.name}'",
+                    isinstance(needs, Backward) or needs == "multipliers" or self.method.pixels,
+                ),
             )
             if asked
         ]

@@ -9,7 +9,9 @@ from typing import Any
 from . import (
     a_fmi,
     ablation_cam,
+    attribution_equilibrium,
     cam,
+    contrastive_lrp,
     deep_lift,
     eigen_cam,
     full_grad,
@@ -18,6 +20,9 @@ from . import (
     hires_cam,
     layer_cam,
     lift_cam,
+    lrp,
+    rap,
+    relevance_cam,
     score_cam,
     shap_cam,
     smooth_grad_cam_pp,
@@ -32,6 +37,7 @@ _METHODS: dict[str, Method] = {
     for method in (
         lift_cam.METHOD,
         a_fmi.METHOD,
+        attribution_equilibrium.METHOD,
         cam.METHOD,
         grad_cam.METHOD,
         grad_cam_pp.METHOD,
@@ -48,6 +54,13 @@ _METHODS: dict[str, Method] = {
         shap_cam.METHOD,
         full_grad.METHOD,
         deep_lift.METHOD,
+        lrp.LRP,
+        relevance_cam.METHOD,
+        contrastive_lrp.CLRP,
+        contrastive_lrp.SGLRP,
+        rap.METHOD,
+        lrp.GUIDED_BACKPROP,
+        lrp.DECONVNET,
     )
 }
 
@@ -67,7 +80,7 @@ def methods() -> dict[str, dict[str, Any]]:
         name: {
             "summary": method.summary,
             "source": method.source,
-            "options": {field.name: field.default for field in dataclasses.fields(method.options)},
+            "options": {field.name: field.default for field in dataclasses.fields(method.options) if field.init},
         }
         for name, method in _METHODS.items()
     }

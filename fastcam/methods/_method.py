@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from fastcam.program.forward import Forward, Needs, Reference
+from fastcam.program.forward import Forward, Needs, Reference, Relevances, score_slopes
 from fastcam.program.targets import Targets, scores_of
 
 __all__ = ["CamOptions", "Evidence", "Method", "MethodOptions", "Passage", "Pixels"]
@@ -168,6 +168,21 @@ class Passage:
         features = reference.features
         return found, features if self._reshape is None else self._reshape(features)
 
+    @property
+    def logits(self) -> Any:
+        """The output, or what a softmax at the end of the network reads: where relevance starts."""
+        return self._forward.logits()
+
+    def relevance(self, seeds: Sequence[Any], layers: Sequence[str] = ()) -> Relevances:
+        """Relevance at the layer from that at `logits` - or at the image from that at the layer, for methods that start
+        there - for each of `seeds`, and at further layers by name. Once for each passage."""
+        return self._forward.relevance(seeds, layers)
+
+    def score_slopes(self) -> list[Any]:
+        """d score / d output for a target that is a callable: one for each tensor of the output."""
+        leaf = lambda t: t.detach().requires_grad_() if t.is_floating_point() else t  # noqa: E731
+        return score_slopes(self.output, self.targets, None, len(self.images), self.layer, leaf)  # type: ignore[no-any-return]
+
     def output_of(self, images: Tensor, folded: bool = False) -> Any:
         """The model's output for other images; `folded`: by the fastest way that is equal to rounding."""
         return self._forward.session.output(images, folded)
@@ -247,6 +262,8 @@ class Method:
     options    the dataclass of its options, defaults included
     pixels     whether layer=None means the input pixels rather than the last feature map
     signed     whether normalised maps are divided by their largest magnitude, to [-1, 1], rather than min-max scaled
+    start      (program, model, spatial dimensions) -> the layer that layer=None stands for, a name or the index of a
+               value; None: the last feature map, or the input
     certainty  what of it is reconstructed rather than read in the source, where that is so
     """
 
@@ -258,11 +275,12 @@ class Method:
     options: type[MethodOptions] = CamOptions
     pixels: bool = False
     signed: bool = False
+    start: Callable[[Any, Any, int], int | str] | None = None
     certainty: str | None = None
 
     def make_options(self, given: dict[str, Any]) -> MethodOptions:
         """The options dataclass with `given` filled in; TypeError for a name the method does not know."""
-        known = [f.name for f in dataclasses.fields(self.options)]
+        known = [f.name for f in dataclasses.fields(self.options) if f.init]
         for name in given:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)

@@ -6,6 +6,24 @@ The same ops stand at `torch.ops.fastcam.<name>` for graphs and C++; those are n
 from fastcam.ops.cam_map import cam_map, cam_map_with_raw
 from fastcam.ops.channel_weights import channel_weights
 from fastcam.ops.mask_by_features import mask_by_features
+from fastcam.ops.relevance_add import relevance_add
+from fastcam.ops.relevance_budgets import relevance_budgets
+from fastcam.ops.relevance_combine import relevance_combine
+from fastcam.ops.relevance_divide import relevance_divide
+from fastcam.ops.relevance_equilibrium import relevance_equilibrium
+from fastcam.ops.relevance_split import relevance_split
 from fastcam.ops.rescale_multipliers import rescale_multipliers
 
-__all__ = ["cam_map", "cam_map_with_raw", "channel_weights", "mask_by_features", "rescale_multipliers"]
+__all__ = [
+    "cam_map",
+    "cam_map_with_raw",
+    "channel_weights",
+    "mask_by_features",
+    "relevance_add",
+    "relevance_budgets",
+    "relevance_combine",
+    "relevance_divide",
+    "relevance_equilibrium",
+    "relevance_split",
+    "rescale_multipliers",
+]

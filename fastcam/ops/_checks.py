@@ -99,6 +99,13 @@ def check_finite(op: str, name: str, value: float) -> None:
         raise ValueError(f"{op}: {name} must be a finite float, got {value}")
 
 
+def check_not_negative(op: str, name: str, value: float) -> None:
+    """A finite number from zero on."""
+    check_finite(op, name, value)
+    if value < 0:
+        raise ValueError(f"{op}: {name} must not be negative, got {value}")
+
+
 def check_mode(op: str, mode: str, modes: Sequence[str], name: str = "mode") -> None:
     """One of the known modes (or of another choice called `name`)."""
     if mode not in modes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,9 @@ from .capture import Program
 from .execute import Schedule
 from .fold import fold_norms
 from .multipliers import Walk
-from .nodes import LEAVES, op_name
+from .nodes import LEAVES, Ref, op_name
+from .relevance import RelevanceWalk
+from .relevance import known as known_relevance
 from .rescale import known
 from .reveal_cancel import SignedWalk
 
@@ -63,6 +66,7 @@ class Cut:
         aside = outputs - head - {feature}  # outputs that do not follow from the features
         self.bypass = ((crossing | aside) & images - self.sizes) | ({program.input} if reads_images else set())
         survive = crossing | {feature} | (outputs - head)
+        self._before, self._survive = before, frozenset(survive)
         self.trunk = Schedule(program, before, survive, in_place=True, packed=packed)
         self.head = Schedule(program, head, outputs | {feature}, in_place=True, packed=packed)
         self.head_graph = Schedule(program, head, outputs | {feature}, in_place=False)
@@ -76,6 +80,7 @@ class Cut:
         self._walk: tuple[int, Walk] | None = None
         self._signed: tuple[int, SignedWalk] | None = None
         self._biases: Biases | None = None
+        self._relevance: weakref.WeakKeyDictionary[Any, dict[Any, RelevanceWalk]] = weakref.WeakKeyDictionary()
 
     def walk(self) -> Walk:
         """The way back through the head; UnsupportedOpError where a step has no Rescale rule."""
@@ -97,6 +102,42 @@ class Cut:
         if self._biases is None:
             self._biases = Biases(self.program, self.feature, self._head_nodes)
         return self._biases
+
+    @property
+    def packed(self) -> bool:
+        """Whether weights are kept from call to call."""
+        return self._packed
+
+    @property
+    def starts(self) -> list[int]:
+        """Where relevance starts: the outputs, a softmax at the very end left out."""
+        found = []
+        for leaf in self.program.outputs:
+            if isinstance(leaf, Ref):
+                node = self.program.nodes[leaf.index]
+                while node.kind == "softmax" and node.index != self.feature:
+                    node = self.program.nodes[node.args[0].index]
+                found.append(node.index)
+        return found
+
+    def relevance_walk(self, composer: Any, below: bool) -> RelevanceWalk:
+        """The way of relevance down to the feature map, or from there to the image; UnsupportedOpError without a rule."""
+        kept = self._relevance.setdefault(composer, {})
+        key = (below, known_relevance())
+        if key not in kept:
+            if below:
+                stop, ends = self.program.input, self._survive
+                nodes = [self.program.nodes[i] for i in sorted(self._before)]
+                nodes = [node for node in nodes if node.kind not in LEAVES and node.index != stop]
+                sizes: frozenset[int] = frozenset()
+            else:
+                stop, sizes = self.feature, self.sizes
+                starts = frozenset(self.starts)
+                ends = self.program.output_indices | starts
+                # Nothing after the start gets relevance, but the output needs it.
+                nodes = self._head_nodes
+            kept[key] = RelevanceWalk(self.program, stop, nodes, sizes, composer, ends, self._packed)
+        return kept[key]
 
     def entering(self, values: Mapping[int, Any]) -> dict[int, Any]:
         """What enters the head beside the features and weights, out of the trunk's values."""

@@ -23,11 +23,17 @@ class Weights:
     """The leaves of a program, read from the user's model at every call.
 
     With `dtype` or `channels_last`, or where batch norms are folded, converted copies are kept and made anew for each
-    leaf whose sources have changed (`fastcam.program.freshness`).
+    leaf whose sources have changed (`fastcam.program.freshness`). With `lasting` too, leaves are the same tensor objects
+    from call to call until they change, so that more can be made of them and kept.
     """
 
     def __init__(
-        self, program: Program, model: nn.Module, dtype: torch.dtype | None = None, channels_last: bool = False
+        self,
+        program: Program,
+        model: nn.Module,
+        dtype: torch.dtype | None = None,
+        channels_last: bool = False,
+        lasting: bool = False,
     ):
         modules = dict(model.named_modules(remove_duplicate=False))
         needed = program.ancestors(program.output_indices)
@@ -46,13 +52,14 @@ class Weights:
                 self._slots.append((node.index, slots, name))
         self._dtype = dtype
         self._channels_last = channels_last
+        self._lasting = lasting
         self._converted: dict[int, tuple[Hashable, torch.Tensor]] = {}
         self._freshness = Freshness()
 
     def values(self) -> dict[int, torch.Tensor]:
         """Node index -> tensor, detached, for every leaf the output needs."""
         live = self._live()
-        if self._dtype is None and not self._channels_last and not self._folded:
+        if self._dtype is None and not self._channels_last and not self._folded and not self._lasting:
             return live
         keys = self._freshness.keys(live)
         return {index: self._convert(index, live, keys) for index in self._needed}

@@ -5,19 +5,37 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Union
 
 import torch
 from torch import Tensor
 
 from .targets import Targets, scores_of
 
-__all__ = ["Forward", "Needs", "Reference", "Session", "detached"]
+__all__ = ["Backward", "Forward", "Needs", "Reference", "Relevances", "Session", "detached"]
 
 #: What a method will ask a pass for: nothing but features and scores; gradients where they are closed form and nothing
 #: otherwise; gradients; gradients together with those of all biases; DeepLIFT multipliers by the Rescale rule; or by
 #: RevealCancel, which keeps signed parts.
-Needs = Literal["features", "closed_form", "gradients", "biases", "multipliers", "parts"]
+Needs = Union[Literal["features", "closed_form", "gradients", "biases", "multipliers", "parts"], "Backward"]
+
+#: Relevance at where a walk ends, for each target, and at the layers asked for, by name.
+Relevances = tuple[list[Tensor], dict[str, list[Tensor]]]
+
+
+@dataclass(frozen=True, eq=False)
+class Backward:
+    """A pass that relevance will be walked back through.
+
+    composer  chooses the rules (`fastcam.program.relevance`); the walk is kept for as long as it lives
+    below     walk from the layer down to the image, with gradients of the score at the layer, rather than from the
+              output down to the layer
+    folded    fold batch norms into the convolutions before them
+    """
+
+    composer: Any
+    below: bool = False
+    folded: bool = True
 
 
 class Session(ABC):
@@ -113,6 +131,20 @@ class Forward(ABC):
     @abstractmethod
     def multipliers(self, targets: Targets, reference: Reference) -> Tensor:
         """DeepLIFT multipliers of the scores between `reference` and this pass, shaped as `gradients`."""
+
+    def logits(self) -> Any:
+        """The output, or what a softmax at the end of the network reads: where relevance starts."""
+        raise RuntimeError(f"layer '{self.layer}' was passed without recording values for relevance")
+
+    def relevance(self, seeds: Sequence[Any], layers: Sequence[str] = ()) -> Relevances:
+        """Relevance at the layer from that at `logits` (or at the image from that at the layer), for each of `seeds`.
+
+        seeds   each shaped as where the walk starts; a list where the model's output is a structure
+        layers  names of layers whose relevance is wanted too
+
+        Uses the pass up.
+        """
+        raise RuntimeError(f"layer '{self.layer}' was passed without recording values for relevance")
 
     @abstractmethod
     def head(self, features: Tensor, rows: Tensor) -> Any:

@@ -10,7 +10,8 @@ from torch import nn
 from .capture import Program
 from .nodes import Node, op_name
 
-__all__ = ["LayerNotInProgram", "check_spatial", "find_layer", "layer_names", "several_outputs", "unknown_layer"]
+__all__ = ["LayerNotInProgram", "check_spatial", "find_layer", "layer_names", "layer_of", "several_outputs"]
+__all__ += ["unknown_layer"]
 
 
 _KEEPS_ORDER = frozenset({"getitem", "clone", "contiguous", "alias", "_to_copy"})
@@ -142,7 +143,7 @@ def _last_spatial(program: Program, spatial_rank: int) -> tuple[int, str]:
     for index in sorted(program.ancestors(program.output_indices) & images, reverse=True):
         node = program.nodes[index]
         if index != program.input and _is_feature_map(node, spatial_rank):
-            name = _shortest_name(program, index) or node.module or node.name
+            name = layer_of(program, index)
             if _is_attention_result(program, index) or _mixes_positions_later(program, index, images):
                 raise ValueError(
                     f"the last spatial feature map, '{name}', lies in or before attention layers and says little about "
@@ -163,6 +164,12 @@ def _is_feature_map(node: Node, spatial_rank: int) -> bool:
         and math.prod(size or 0 for size in node.shape[2:]) > 1
         and math.prod(size or 0 for size in node.shape[1:-1]) > 1  # else a pooled vector, channels last
     )
+
+
+def layer_of(program: Program, index: int) -> str:
+    """The name of the module that gives a value, the shortest of several; else of the module whose code made it."""
+    node = program.nodes[index]
+    return _shortest_name(program, index) or node.module or node.name
 
 
 def _shortest_name(program: Program, index: int) -> str:

@@ -15,9 +15,12 @@ from .biases import BiasedGraph, Visit
 from .capture import Program
 from .cut import Cut, cut
 from .execute import Weights
-from .forward import Forward, Graph, Needs, Reference, Session, columns_of, detached, score_slopes
+from .forward import Backward, Forward, Graph, Needs, Reference, Relevances, Session, columns_of, detached
+from .forward import score_slopes
+from .layers import find_layer
 from .multipliers import Recorded, one_for_all
-from .nodes import Ref
+from .nodes import Ref, op_name
+from .relevance import Passed, RelevanceWalk
 from .rescale import known
 from .reveal_cancel import SignedWalk
 from .state import neutral_modes
@@ -45,7 +48,8 @@ class Bound:
         self.dtype = precision or own
         self.channels_last = channels_last
         self.compiled = compiled
-        self.weights = Weights(made.program, model, precision, channels_last)
+        self.model = model
+        self.weights = Weights(made.program, model, precision, channels_last, lasting=made.packed)
         self.references: OrderedDict[Hashable, Reference] = OrderedDict()
 
     def session(self, folded: Callable[[], Bound] | None = None) -> CapturedSession:
@@ -77,11 +81,14 @@ class Bindings:
         self._kept = weakref.WeakKeyDictionary()
 
     def session(
-        self, program: Program, feature: int, layer: str, own: torch.dtype, foldable: bool = True
+        self, program: Program, feature: int, layer: str, own: torch.dtype, foldable: bool = True, fold: bool = False
     ) -> CapturedSession:
-        """`program` at value `feature`, with the weights of this moment; `own` is the model's dtype."""
+        """`program` at value `feature`, with the weights of this moment; `own` is the model's dtype.
+
+        foldable, fold  whether batch norms may be folded into convolutions; whether they must be
+        """
         # A run that converts the weights may as well fold the batch norms; the plain one gives the model's own bits.
-        converted = foldable and (self._precision is not None or self._channels_last)
+        converted = fold or (foldable and (self._precision is not None or self._channels_last))
         bound = self._bound(cut(program, feature, layer, folded=converted), own)
         if converted:
             return bound.session()
@@ -111,7 +118,16 @@ class CapturedSession(Session):
         self, images: Tensor, needs: Needs = "features", by_index: bool = True, closed_form: bool = True
     ) -> CapturedForward:
         """As `Session.forward`; `closed_form` False takes the long way where the closed form would do (for tests)."""
-        values = self._trunk(images)
+        if isinstance(needs, Backward) and not needs.below:
+            return self._for_relevance(images, needs)
+        walked: tuple[RelevanceWalk, Passed] | None = None
+        if isinstance(needs, Backward):
+            walk_below = self.cut.relevance_walk(needs.composer, below=True)
+            with neutral_modes():
+                passed = walk_below.record(self._prepared(images), self.leaves, len(images))
+            walked, values, needs = (walk_below, passed), dict(passed.values), "gradients"
+        else:
+            values = self._trunk(images)
         with neutral_modes():
             features = values[self.cut.feature]
             entering = self.cut.entering(values)
@@ -123,7 +139,7 @@ class CapturedSession(Session):
             walk = self.cut.signed_walk() if needs == "parts" and affine is None else None
             if needs in ("features", "closed_form") or affine is not None or walk is not None:
                 output = self._run_head(values)
-                return CapturedForward(self, features, output, entering, affine=affine, walk=walk)
+                return CapturedForward(self, features, output, entering, affine=affine, walk=walk, walked=walked)
             if needs == "biases":
                 output, biased = self.cut.biases().run(values, self.layer)
                 return CapturedForward(self, features, detached(output), entering, graph=biased)
@@ -132,7 +148,16 @@ class CapturedSession(Session):
                 values[self.cut.feature] = leaf
                 self.cut.head_graph.run(values, self.bound.compiled)
                 output = self.cut.program.result(values)
-        return CapturedForward(self, features, detached(output), entering, graph=Graph(leaf, output, self.layer))
+        return CapturedForward(self, features, detached(output), entering, graph=Graph(leaf, output, self.layer), walked=walked)
+
+    def _for_relevance(self, images: Tensor, needs: Backward) -> CapturedForward:
+        values = self._trunk(images)
+        walk = self.cut.relevance_walk(needs.composer, below=False)
+        features, entering = values[self.cut.feature], self.cut.entering(values)
+        with neutral_modes():
+            passed = walk.record(features, self.leaves | entering, len(images))
+            output = detached(self.cut.program.result(passed.values))
+        return CapturedForward(self, features, output, entering, walked=(walk, passed))
 
     def features(self, images: Tensor) -> Tensor:
         return self._trunk(images)[self.cut.feature]
@@ -158,12 +183,15 @@ class CapturedSession(Session):
 
     def _trunk(self, images: Tensor) -> dict[int, Any]:
         values = dict(self.leaves)
-        four = self.bound.channels_last and images.ndim == 4
-        layout = torch.channels_last if four else torch.preserve_format
-        values[self.cut.program.input] = images.to(dtype=self.bound.dtype, memory_format=layout)
+        values[self.cut.program.input] = self._prepared(images)
         with neutral_modes():
             self.cut.trunk.run(values, self.bound.compiled)
         return values
+
+    def _prepared(self, images: Tensor) -> Tensor:
+        four = self.bound.channels_last and images.ndim == 4
+        layout = torch.channels_last if four else torch.preserve_format
+        return images.to(dtype=self.bound.dtype, memory_format=layout)
 
     def _run_head(self, values: dict[int, Any]) -> Any:
         with neutral_modes():
@@ -192,6 +220,7 @@ class CapturedForward(Forward):
         graph: Graph | None = None,
         recorded: Recorded | None = None,
         walk: SignedWalk | None = None,
+        walked: tuple[RelevanceWalk, Passed] | None = None,
     ):
         uniform = affine is not None and affine.uniform
         super().__init__(session, features, output, linear=affine is not None, uniform=uniform)
@@ -200,6 +229,48 @@ class CapturedForward(Forward):
         self._graph = graph
         self._recorded = recorded
         self._walk = walk
+        self._walked = walked
+        self._logits: list[Any] = []
+        if walked is not None and walked[0].stop == session.cut.feature:
+            self._logits = [walked[1].values[index] for index in session.cut.starts]
+
+    def logits(self) -> Any:
+        return self._logits[0] if len(self._logits) == 1 else self._logits
+
+    def relevance(self, seeds: Sequence[Any], layers: Sequence[str] = ()) -> Relevances:
+        if self._walked is None:
+            return super().relevance(seeds, layers)
+        walk, passed = self._walked
+        self._walked = None
+        cut = self.session.cut
+        starts = cut.starts if walk.stop == cut.feature else [cut.feature]
+        parts = [seed if isinstance(seed, (list, tuple)) else [seed] for seed in seeds]
+        given: dict[int, list[Tensor]] = {}
+        for place, index in enumerate(starts):
+            many = [part[place] for part in parts]
+            if all(one is not None for one in many):
+                # One value may be several of the outputs.
+                given[index] = [a + b for a, b in zip(given[index], many, strict=True)] if index in given else many
+        taps = {name: self._standing_for(name) for name in layers}
+        with neutral_modes():
+            found, tapped = walk.relevance(passed, given, frozenset(taps.values()))
+        missing = [name for name, index in taps.items() if index not in tapped]
+        if missing:
+            raise ValueError(f"no relevance passes layer '{missing[0]}' on its way to '{self.layer}'")
+        return found, {name: tapped[index] for name, index in taps.items()}
+
+    def _standing_for(self, layer: str) -> int:
+        """Index of a layer's value; that of the batch norm folded into it where it is no longer computed."""
+        program = self.session.cut.program
+        index, _ = find_layer(program, self.session.bound.model, layer, len(self.features.shape) - 2, True)
+        source = program.nodes[index]
+        for node in program.nodes[index + 1 :]:
+            folded = len(node.args) > 1 and isinstance(node.args[1], Ref)
+            folded = folded and program.nodes[node.args[1].index].kind == "folded"
+            if folded and program.nodes[node.args[1].index].target.weight == source.args[1].index:
+                if op_name(node.target) == op_name(source.target) and node.args[0] == source.args[0]:
+                    return node.index
+        return index
 
     def gradients(self, targets: Targets) -> Tensor:
         if self._affine is not None:

@@ -3,6 +3,23 @@
 from fastcam.reference.cam_map import cam_map
 from fastcam.reference.channel_weights import channel_weights
 from fastcam.reference.mask_by_features import mask_by_features
+from fastcam.reference.relevance_add import relevance_add
+from fastcam.reference.relevance_budgets import relevance_budgets
+from fastcam.reference.relevance_combine import relevance_combine
+from fastcam.reference.relevance_divide import relevance_divide
+from fastcam.reference.relevance_equilibrium import relevance_equilibrium
+from fastcam.reference.relevance_split import relevance_split
 from fastcam.reference.rescale_multipliers import rescale_multipliers
 
-__all__ = ["cam_map", "channel_weights", "mask_by_features", "rescale_multipliers"]
+__all__ = [
+    "cam_map",
+    "channel_weights",
+    "mask_by_features",
+    "relevance_add",
+    "relevance_budgets",
+    "relevance_combine",
+    "relevance_divide",
+    "relevance_equilibrium",
+    "relevance_split",
+    "rescale_multipliers",
+]

@@ -1,0 +1,74 @@
+// Leaves of sums over an image's elements, a block of it at a time; blocks are added by their callers, in order.
+#pragma once
+
+#include "cpu/leaf.h"
+#include "formulas.h"
+
+namespace fastcam::cpu {
+
+// Elements of an image added up by one leaf: short enough for float32, long enough to be worth a call.
+constexpr int64_t kSumBlock = 8192;
+
+template <typename S>
+struct BudgetArgs {
+  const S* values;
+  int64_t count;
+  Accumulate<S>* positive;
+  Accumulate<S>* negative;
+};
+
+template <typename S>
+struct Budget {
+  template <int BYTES>
+  static FASTCAM_INLINE void body(const BudgetArgs<S>& a) {
+    constexpr int N = kLanes<BYTES, S>, CHAINS = 4;
+    using V = Vector<Accumulate<S>, N>;
+    V positive[CHAINS] = {}, negative[CHAINS] = {};
+    int64_t i = 0;
+    for (; i + CHAINS * N <= a.count; i += CHAINS * N) {
+      for (int c = 0; c < CHAINS; ++c) add(load<N>(a.values + i + c * N), positive[c], negative[c]);
+    }
+    for (; i + N <= a.count; i += N) add(load<N>(a.values + i), positive[0], negative[0]);
+    if (i < a.count) add(load_first<N>(a.values + i, a.count - i), positive[0], negative[0]);
+    *a.positive = horizontal_sum<N>(positive[0] + positive[1] + (positive[2] + positive[3]));
+    *a.negative = horizontal_sum<N>(negative[0] + negative[1] + (negative[2] + negative[3]));
+  }
+
+  template <typename V>
+  static FASTCAM_INLINE void add(V x, V& positive, V& negative) {
+    positive += x <= 0 ? V{} : x;  // NaN stays
+    negative -= x >= 0 ? V{} : x;
+  }
+};
+
+template <typename S>
+struct CountArgs {
+  const S* inputs;
+  const S* shared;
+  int64_t count;
+  int64_t* found;
+};
+
+// How many elements of the shared part are not 0.
+template <typename S>
+struct CountShared {
+  template <int BYTES>
+  static FASTCAM_INLINE void body(const CountArgs<S>& a) {
+    constexpr int N = kLanes<BYTES, S>;
+    using V = Vector<Accumulate<S>, N>;
+    V found = {};  // exact: a block is short
+    int64_t i = 0;
+    for (; i + N <= a.count; i += N) add(load<N>(a.inputs + i), load<N>(a.shared + i), found);
+    const int64_t n = a.count - i;
+    if (n > 0) add(load_first<N>(a.inputs + i, n), load_first<N>(a.shared + i, n), found);
+    *a.found = static_cast<int64_t>(horizontal_sum<N>(found));
+  }
+
+  template <typename V>
+  static FASTCAM_INLINE void add(V x, V shared, V& found) {
+    const V one = V{} + 1;
+    found += relevance_shared(x, shared) == 0 ? V{} : one;
+  }
+};
+
+}  // namespace fastcam::cpu

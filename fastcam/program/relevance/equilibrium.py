@@ -1,0 +1,280 @@
+"""Attribution Equilibrium's rules, node by node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastcam import ops
+
+from ..capture import Program
+from ..nodes import Node, Ref, op_name
+from ..transpose import transpose
+from . import steps
+from .layer import Geometry, is_weighted, weight_and_bias
+from .messages import Relevance
+from .rules import Pass, ZBox
+from .steps import Given, StepView
+from .walk import RelevanceWalk, Way, general_way, unsupported, weighted_way
+
+__all__ = ["Equilibrium", "start_layer"]
+
+
+@dataclass(frozen=True, eq=False)
+class Equilibrium:
+    """Chooses how relevance passes each step.
+
+    ratio      r, the positive budget a k x k convolution brings relevance to
+    residual   "branch": a residual sum's relevance goes down the branch alone · "proportional": to both operands
+    concat     "release": relevance of zero activations and of a dense block's input is dropped · "slice": nothing is
+    pointwise  which convolutions count as 1 x 1: "height": those of kernel height 1 · "all": those of one element
+    threshold  what an activation must exceed to count as active
+    """
+
+    ratio: float = 2.0
+    residual: Literal["branch", "proportional"] = "branch"
+    concat: Literal["release", "slice"] = "release"
+    pointwise: Literal["height", "all"] = "height"
+    threshold: float = 0.0
+
+    def way(self, walk: RelevanceWalk, node: Node, active: frozenset[int]) -> Way:
+        """As `walk.Composer`."""
+        name = op_name(node.target)
+        if is_weighted(node):
+            if node.index in walk.first and node.kind == "conv":
+                return weighted_way(walk, node, active, ZBox(epsilon=0.0))
+            return self._balanced(walk, node, active)
+        if name in ("add", "sub") and len(active) == 2 and not node.kwargs:
+            return self._residual(walk, node)
+        if node.kind == "cat":
+            return self._concat(walk, node, active)
+        if name.startswith(("max_pool", "adaptive_max_pool")):
+            return Way(_winner)
+        if node.kind in ("pool", "resize") or name in ("mean", "sum"):
+            return Way(_shares)
+        if name == "batch_norm":
+            return Way(self._norm)
+        if node.kind in ("norm", "softmax", "attention"):
+            raise unsupported(node, "Attribution Equilibrium passes batch norms only")
+        kinds = dict.fromkeys(("activation", "add", "pool", "max_pool", "norm", "product"), Pass())
+        return general_way(node, active, kinds)
+
+    def _balanced(self, walk: RelevanceWalk, node: Node, active: frozenset[int]) -> Way:
+        """A convolution or linear layer that does not read the image."""
+        geometry = Geometry.of(node)
+        source = node.args[0]
+        if geometry is None or not isinstance(source, Ref) or active != frozenset({source.index}):
+            raise unsupported(node, "its weight depends on the image, or its padding is 'same'")
+
+        def take(step: StepView, given: list[Any]) -> Given:
+            found = weight_and_bias(node, step.get)
+            if found is None:
+                raise NotImplementedError("its weight is no matrix")
+            x, weight = step.get(source.index), walk.weights.get(found[0], "magnitude", torch.abs)
+            pointwise = self._is_pointwise(geometry, weight)
+            divisors = geometry.apply(_bases(x, self.threshold), weight)
+            shape = torch.Size((3 * len(x), *x.shape[1:]))
+            results = []
+            for one in given:
+                r = one.tensor()
+                budgets = ops.relevance_budgets(r)
+                ratio = 1.0 if pointwise else self.ratio
+                messages = ops.relevance_equilibrium(r, budgets, divisors, ratio)
+                parts = geometry.back(messages, weight, shape, walk.weights)
+                results.append(Relevance(ops.relevance_combine(x, parts, budgets, not pointwise, self.threshold)))
+            return {source.index: results}
+
+        return Way(take)
+
+    def _is_pointwise(self, geometry: Geometry, weight: Tensor) -> bool:
+        kernel = weight.shape[2:]
+        if geometry.rank == 2 and self.pointwise == "height":
+            return kernel[0] == 1
+        return all(extent == 1 for extent in kernel)
+
+    def _residual(self, walk: RelevanceWalk, node: Node) -> Way:
+        first, second = (arg.index for arg in node.args[:2])
+        lengths, meeting = _branches(walk.program, walk.stop, first, second)
+        if lengths[0] == lengths[1] or self.residual == "proportional":
+            branch, shortcut = (first, second) if lengths[0] > lengths[1] else (second, first)
+            return Way(lambda step, given: _proportional(walk, step, given, branch, shortcut, meeting))
+        branch = first if lengths[0] > lengths[1] else second
+        return Way(lambda step, given: {branch: given}, inputs=False)
+
+    def _concat(self, walk: RelevanceWalk, node: Node, active: frozenset[int]) -> Way:
+        if self.concat == "slice":
+            return Way(lambda step, given: steps.moved(step, Pass(), given), inputs=False)
+        operands = [arg.index for arg in node.args[0]]
+        dropped = _block_input(walk.program, operands)
+
+        def take(step: StepView, given: list[Any]) -> Given:
+            found = steps.moved(step, Pass(), given)
+            found.pop(dropped, None)
+            return {
+                ref: [Relevance(torch.where(step.get(ref) != 0, one.tensor(), 0)) for one in many]
+                for ref, many in found.items()
+            }
+
+        return Way(take)
+
+    def _norm(self, step: StepView, given: list[Any]) -> Given:
+        """Passes relevance on where the norm passes its input on."""
+        gamma = step.node.args[1]
+        keep = None
+        if isinstance(gamma, Ref):
+            keep = (step.get(gamma.index) != 0).reshape(1, -1, *(1,) * (given[0].values.ndim - 2))
+        if self.concat == "release":
+            touched = step.get(step.source) != 0
+            keep = touched if keep is None else keep & touched
+        return {step.source: given if keep is None else [Relevance(torch.where(keep, g.tensor(), 0)) for g in given]}
+
+
+def _bases(x: Tensor, threshold: float) -> Tensor:
+    """max(x, 0), active and inactive, one batch after the other, each image in the order of x."""
+    order = sorted(range(1, x.ndim), key=lambda d: -x.stride(d)) if len(x) else list(range(1, x.ndim))
+    stacked = x.new_empty((3 * len(x), *(x.shape[d] for d in order)))
+    stacked = stacked.permute(0, *(order.index(d) + 1 for d in range(1, x.ndim)))
+    plus, active, inactive = stacked.split(len(x)) if len(x) else (stacked,) * 3
+    torch.clamp(x, min=0, out=plus)
+    torch.gt(x, threshold, out=active)
+    torch.le(x, threshold, out=inactive)
+    return stacked
+
+
+def _winner(step: StepView, given: list[Any]) -> Given:
+    """All of a window's relevance to its greatest max(x, 0), the first of several."""
+    x = step.get(step.source).clamp(min=0)
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        result = step.run(lambda ref: leaf if ref == step.source else step.get(ref))
+        result = result[0] if isinstance(result, (tuple, list)) else result
+    tensors = [one[0] if isinstance(one, dict) else one.tensor() for one in given]
+    last = len(tensors) - 1
+    found = [torch.autograd.grad(result, leaf, r, retain_graph=i < last)[0] for i, r in enumerate(tensors)]
+    return {step.source: [Relevance(one) for one in found]}
+
+
+def _shares(step: StepView, given: list[Any]) -> Given:
+    """Average pools and resizing: by max(x, 0) times the pool's weight, by the weight alone where all are 0."""
+    x = step.get(step.source).clamp(min=0)
+
+    def run(value: Tensor) -> Any:
+        return step.run(lambda ref: value if ref == step.source else step.get(ref))
+
+    result, weights = run(x), run(torch.ones_like(x[:1]))
+    found = []
+    for one in given:
+        r = one.tensor()
+        message = torch.where(result == 0, 0, r / result)
+        part = transpose(step.node, message, step.active, step.shapes, step.get)[step.source]
+        empty = torch.where(result == 0, r / weights, 0)
+        rest = transpose(step.node, empty, step.active, step.shapes, step.get)[step.source]
+        assert isinstance(part, Tensor)
+        assert isinstance(rest, Tensor)
+        found.append(Relevance(torch.addcmul(rest, x, part)))
+    return {step.source: found}
+
+
+def _proportional(
+    walk: RelevanceWalk, step: StepView, given: list[Any], branch: int, shortcut: int, meeting: int
+) -> Given:
+    """Both operands in proportion to their magnitudes, walked apart to where they meet and put together there."""
+    along, aside = step.get(branch).abs(), step.get(shortcut).abs()
+    total = along + aside
+    share = torch.where(total == 0, 0.5, along / total)
+    whole = [one.tensor() for one in given]
+    parts = [share * r for r in whole]
+    rest = [r - one for r, one in zip(whole, parts, strict=True)]
+    weights = [_ratio(_size(one), _size(r)) for one, r in zip(parts, whole, strict=True)]
+    if branch == shortcut:
+        return {branch: given}
+    down = _walked(walk, step, branch, meeting, parts)
+    short = _walked(walk, step, shortcut, meeting, rest)
+    found = []
+    for one, other, weight in zip(down, short, weights, strict=True):
+        have, want = ops.relevance_budgets(other), ops.relevance_budgets(one)
+        scale = torch.where(have == 0, 0, want / have)
+        positive, negative = (s.reshape(-1, *(1,) * (one.ndim - 1)) for s in scale.unbind(1))
+        brought = positive * other.clamp(min=0) + negative * other.clamp(max=0)
+        w = weight.reshape(-1, *(1,) * (one.ndim - 1))
+        nothing = (want.sum(1) == 0).reshape(w.shape)
+        found.append(Relevance(torch.where(nothing, other, w * one + (1 - w) * brought)))
+    return {meeting: found}
+
+
+def _walked(walk: RelevanceWalk, step: StepView, start: int, end: int, given: list[Tensor]) -> list[Tensor]:
+    if start == end:
+        return given
+    found: dict[int, list[Any]] = {start: [Relevance(one) for one in given]}
+    assert step.passed is not None
+    walk.propagate(step.passed, walk.between(end, start), found)
+    if end not in found:
+        return [torch.zeros_like(step.get(end)) for _ in given]
+    return [one.tensor() for one in found[end]]
+
+
+def _size(r: Tensor) -> Tensor:
+    return r.flatten(1).abs().sum(1)
+
+
+def _ratio(one: Tensor, other: Tensor) -> Tensor:
+    return torch.where(other == 0, 0.5, one / other)
+
+
+def _branches(program: Program, stop: int, first: int, second: int) -> tuple[tuple[int, int], int]:
+    """How many convolutions each operand has back to where they meet, and the last value they have in common."""
+    inside = program.descendants(stop)
+    one, other = (program.ancestors(frozenset({operand})) & inside for operand in (first, second))
+    common = one & other
+
+    def convolutions(own: set[int]) -> int:
+        return sum(program.nodes[index].kind == "conv" for index in own - common)
+
+    return (convolutions(one), convolutions(other)), max(common, default=stop)
+
+
+def _block_input(program: Program, operands: list[int]) -> int | None:
+    """The operand that all other operands are computed from: the input of a dense block."""
+    for operand in operands:
+        others = [other for other in operands if other != operand]
+        if others and all(operand in program.ancestors(frozenset({other})) for other in others):
+            return operand
+    return None
+
+
+#: Networks whose published start is not where the general search ends.
+_STARTS = {"AlexNet": "features", "DenseNet": "features"}
+
+
+def start_layer(program: Program, model: nn.Module, spatial_rank: int) -> int | str:
+    """Where the walk starts: a layer's name, or the index of the last activation of the last convolution, sum or
+    concatenation with spatial extent, before any pool (of that itself, where no activation follows).
+
+    Raises ValueError where there is none.
+    """
+    if type(model).__name__ in _STARTS:
+        return _STARTS[type(model).__name__]
+    needed = program.ancestors(program.output_indices) & program.descendants(program.input)
+    readers: dict[int, list[Node]] = {}
+    for index in sorted(needed):
+        for ref in program.nodes[index].refs():
+            readers.setdefault(ref, []).append(program.nodes[index])
+    for index in sorted(needed, reverse=True):
+        node = program.nodes[index]
+        shape = node.shape or ()
+        spatial = len(shape) == spatial_rank + 2 and any((size or 0) > 1 for size in shape[2:])
+        if spatial and (node.kind in ("conv", "cat") or op_name(node.target) == "add"):
+            found = index
+            while True:
+                after = readers.get(index, [])
+                if len(after) != 1 or after[0].kind not in ("activation", "norm") and "dropout" not in op_name(
+                    after[0].target
+                ):
+                    return found
+                index = after[0].index
+                if after[0].kind == "activation":
+                    found = index
+    raise ValueError("the model has no convolution with spatial extent; pass layer=")

@@ -1,0 +1,38 @@
+"""Relevance on its way down: tensors, or products not yet multiplied out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastcam import ops
+
+__all__ = ["Relevance", "add", "divided"]
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """values x factor, elementwise; the product is left to the step that reads it, which is one pass less."""
+
+    values: Tensor
+    factor: Tensor | None = None
+
+    def tensor(self) -> Tensor:
+        return self.values if self.factor is None else self.values * self.factor
+
+
+def add(one: Relevance, other: Relevance) -> Relevance:
+    """What arrives at a value from two of its readers."""
+    if one.factor is None and other.factor is None:
+        return Relevance(one.values + other.values)
+    if one.factor is None:
+        one, other = other, one
+    assert one.factor is not None
+    return Relevance(torch.addcmul(other.tensor(), one.values, one.factor))
+
+
+def divided(relevance: Relevance, divisor: Tensor, epsilon: float) -> Tensor:
+    """relevance / divisor, stabilised or guarded (`fastcam.ops.relevance_divide`)."""
+    return ops.relevance_divide(relevance.values, divisor, relevance.factor, epsilon)

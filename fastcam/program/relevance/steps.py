@@ -1,0 +1,249 @@
+"""Relevance through steps without weights: pools, sums, products, norms, activations, and whatever moves values.
+
+Each function takes the step's view (`StepView`), its rule and the relevance of its result for every target, and gives the
+relevance of what the step reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcam import ops
+
+from ..nodes import Node, Ref, map_refs, op_name
+from ..transpose import Cotangent, transpose
+from .messages import Relevance
+from .rules import Epsilon, Gradient, MaxPool, Norm, Pass, Rectified, Rule
+
+__all__ = ["Given", "StepView", "activation", "average", "derivative", "max_pool", "moved", "norm", "passed", "product", "summed"]
+
+#: Relevance by index of the value read, for each target.
+Given = dict[int, list[Relevance | dict[int, Tensor]]]
+
+
+@dataclass(frozen=True)
+class StepView:
+    """A step, with the values of this pass.
+
+    active  indices of the values it reads that follow from where the walk ends
+    get     everything it reads, by index
+    shapes  of the active values
+    passed  the whole pass, for rules that walk a part of it themselves
+    """
+
+    node: Node
+    active: frozenset[int]
+    get: Callable[[int], Any]
+    shapes: Mapping[int, torch.Size]
+    passed: Any = None
+
+    @property
+    def source(self) -> int:
+        """Index of the one active value, or of the first."""
+        return next(ref for ref in self.node.refs() if ref in self.active)
+
+    def run(self, value: Callable[[int], Any]) -> Any:
+        return self.node.target(*map_refs(self.node.args, value), **map_refs(self.node.kwargs, value))
+
+
+def passed(step: StepView, rule: Rule, given: list[Any]) -> Given:
+    """R' = R."""
+    return {step.source: given}
+
+
+def moved(step: StepView, rule: Rule, given: list[Any]) -> Given:
+    """Reshape, permute, slice, concatenate, pad: values go back where they came from."""
+    found: Given = {}
+    for one in given:
+        cotangent = one.tensor() if isinstance(one, Relevance) else one
+        for ref, part in transpose(step.node, cotangent, step.active, step.shapes, step.get).items():
+            found.setdefault(ref, []).append(Relevance(part) if isinstance(part, Tensor) else part)
+    return found
+
+
+def average(step: StepView, rule: Rule, given: list[Any]) -> Given:
+    """Average pools, means, sums over positions, resizing."""
+    if isinstance(rule, Gradient):
+        return moved(step, rule, given)
+    assert isinstance(rule, Norm)
+    x = step.get(step.source)
+    result = step.run(step.get)
+    found = []
+    for one in given:
+        share = _share(one.tensor(), result, rule.epsilon)
+        back = transpose(step.node, share, step.active, step.shapes, step.get)[step.source]
+        assert isinstance(back, Tensor)
+        found.append(Relevance(back, x))
+    return {step.source: found}
+
+
+def max_pool(step: StepView, rule: Rule, given: list[Any]) -> Given:
+    """Max pools of any kind, windows that overlap included."""
+    assert isinstance(rule, (MaxPool, Gradient))
+    share = rule.share if isinstance(rule, MaxPool) else "winner"
+    x = step.get(step.source)
+    given = [one[0] if isinstance(one, dict) else one.tensor() for one in given]
+    if share == "winner":
+        return {step.source: [Relevance(r) for r in _pulled_back(step, x, given)]}
+    sizes, options = _window(step.node, x)
+    rank = len(sizes)
+    pool = (torch.nn.functional.unfold, None)[0] if rank == 2 else None
+    if pool is None or step.node.args[0] != Ref(step.source):
+        raise NotImplementedError(f"max_pool={share!r} is there for two dimensions; use 'winner'")
+    return {step.source: [Relevance(_shared(x, r, sizes, options, share)) for r in given]}
+
+
+def _window(node: Node, x: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
+    name = op_name(node.target)
+    if not name.startswith("max_pool"):
+        raise NotImplementedError("only max_pool has windows to share among; use max_pool='winner'")
+    rank = x.ndim - 2
+
+    def each(position: int, default: Any) -> tuple[int, ...]:
+        value = node.args[position] if len(node.args) > position else default
+        value = default if value is None or (isinstance(value, (list, tuple)) and not value) else value
+        values = list(value) if isinstance(value, (tuple, list)) else [value]
+        return tuple(values * rank if len(values) == 1 else values)
+
+    kernel = each(1, 1)
+    return kernel, {"stride": each(2, kernel), "padding": each(3, 0), "dilation": each(4, 1)}
+
+
+def _shared(x: Tensor, r: Tensor, kernel: tuple[int, ...], options: dict[str, Any], share: str) -> Tensor:
+    """Relevance of two-dimensional windows, in proportion to max(x, 0) or among the maxima."""
+    fold, unfold = torch.nn.functional.fold, torch.nn.functional.unfold
+    b, c, *size = x.shape
+    images = x.reshape(b * c, 1, *size)
+    inside = unfold(torch.ones_like(images[:1]), kernel, **options) > 0  # padding is none of the window's own
+    values = unfold(images, kernel, **options)
+    # A window that reaches beyond the last column (ceil_mode) has no column here; torch's own pool is asked for the rest.
+    columns = r.reshape(b * c, 1, -1)
+    if columns.shape[-1] != values.shape[-1]:
+        raise NotImplementedError("ceil_mode windows have no rule but max_pool='winner'")
+    if share == "proportional":
+        weights = values.clamp(min=0)
+        weights = torch.where(weights.sum(1, keepdim=True) == 0, inside.to(x.dtype), weights)
+    else:
+        values = values.masked_fill(~inside, -torch.inf)
+        weights = (values == values.amax(1, keepdim=True)).to(x.dtype)
+    shares = columns * weights / weights.sum(1, keepdim=True)
+    return fold(shares, tuple(size), kernel, **options).reshape(x.shape)
+
+
+def summed(step: StepView, rule: Rule, given: list[Any]) -> Given:
+    """Sums and differences of activations; what is no activation takes no part."""
+    reads = list(step.node.args[:2])
+    operands = [arg.index for arg in reads if isinstance(arg, Ref) and arg.index in step.active]
+    if len(operands) == 1:
+        (source,) = operands
+        if isinstance(rule, Gradient):
+            return moved(step, rule, given)
+        if step.shapes[source] != given[0].values.shape:
+            return {source: [Relevance(one.tensor().sum_to_size(step.shapes[source])) for one in given]}
+        return {source: given}
+    if isinstance(rule, Gradient):
+        return moved(step, rule, given)
+    if isinstance(rule, Pass):  # to both, and so twice
+        found: Given = {}
+        for one in given:
+            for ref, part in moved(step, rule, [one]).items():
+                found.setdefault(ref, []).extend(part)
+        return found
+    assert isinstance(rule, Norm)
+    factor = step.node.kwargs.get("alpha", 1)
+    signs = (1, factor if op_name(step.node.target) == "add" else -factor)
+    parts = [step.get(ref) if sign == 1 else step.get(ref) * sign for ref, sign in zip(operands, signs, strict=True)]
+    if operands[0] == operands[1]:
+        return {operands[0]: given}
+    plain = parts[0].shape == parts[1].shape
+    if not plain:
+        parts = list(torch.broadcast_tensors(*parts))
+    found = {ref: [] for ref in operands}
+    for one in given:
+        pieces = ops.relevance_add(one.values, parts[0], parts[1], one.factor, rule.epsilon)
+        for ref, piece in zip(operands, pieces, strict=True):
+            found[ref].append(Relevance(piece if plain else piece.sum_to_size(step.shapes[ref])))
+    return found
+
+
+def product(step: StepView, rule: Rule, given: list[Any]) -> Given:
+    """Products and quotients: by a constant, all to the activation; by a gate, all to the gated feature map; of two of
+    one size, half each."""
+    if isinstance(rule, Gradient):
+        return derivative(step, rule, given)
+    operands = [arg.index for arg in step.node.args[:2] if isinstance(arg, Ref) and arg.index in step.active]
+    sizes = [step.shapes[ref].numel() for ref in operands]
+    if len(operands) == 2 and sizes[0] == sizes[1] and op_name(step.node.target) == "mul":
+        if operands[0] == operands[1]:
+            return {operands[0]: given}
+        halves = [Relevance(one.values / 2, one.factor) for one in given]
+        return dict.fromkeys(operands, halves)
+    source = operands[0] if len(operands) == 1 or sizes[0] >= sizes[1] else operands[1]
+    if step.shapes[source] != given[0].values.shape:
+        return {source: [Relevance(one.tensor().sum_to_size(step.shapes[source])) for one in given]}
+    return {source: given}
+
+
+def activation(step: StepView, rule: Rule, given: list[Any]) -> Given:
+    """Functions of one tensor."""
+    if isinstance(rule, Pass):
+        return passed(step, rule, given)
+    x = step.get(step.source)
+    if isinstance(rule, Rectified):
+        keep = (lambda r: torch.where(x > 0, r, 0).clamp_(min=0)) if rule.mask else (lambda r: r.clamp(min=0))
+        return {step.source: [Relevance(keep(one.tensor())) for one in given]}
+    return derivative(step, rule, given)
+
+
+def norm(step: StepView, rule: Rule, given: list[Any]) -> Given:
+    """Batch norms in evaluation, and other norms."""
+    given = [Relevance(one[0]) if isinstance(one, dict) else one for one in given]
+    if isinstance(rule, Pass):
+        return passed(step, rule, given)
+    if isinstance(rule, Epsilon) and op_name(step.node.target) == "batch_norm":
+        x, result = step.get(step.source), step.run(step.get)
+        found = []
+        for one in given:
+            share = _share(one.tensor(), result, rule.epsilon)
+            back = transpose(step.node, share, step.active, step.shapes, step.get)[step.source]
+            assert isinstance(back, Tensor)
+            found.append(Relevance(back, x))
+        return {step.source: found}
+    return derivative(step, rule, given)
+
+
+def derivative(step: StepView, rule: Rule, given: list[Any]) -> Given:
+    """The derivative at the values of this pass, by autograd."""
+    reads = [ref for ref in dict.fromkeys(step.node.refs()) if ref in step.active]
+    tensors = [one[0] if isinstance(one, dict) else one.tensor() for one in given]
+    with torch.enable_grad():
+        leaves = {ref: step.get(ref).detach().requires_grad_() for ref in reads}
+        result = step.run(lambda ref: leaves[ref] if ref in leaves else step.get(ref))
+        result = result[0] if isinstance(result, (tuple, list)) else result
+    found: Given = {ref: [] for ref in reads}
+    for position, r in enumerate(tensors):
+        keep = position + 1 < len(tensors)
+        parts = torch.autograd.grad(result, list(leaves.values()), r.to(result.dtype), keep, allow_unused=True)
+        for ref, part in zip(reads, parts, strict=True):
+            found[ref].append(Relevance(torch.zeros_like(leaves[ref]) if part is None else part))
+    return found
+
+
+def _pulled_back(step: StepView, x: Tensor, given: list[Tensor]) -> list[Tensor]:
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        result = step.run(lambda ref: leaf if ref == step.source else step.get(ref))
+        result = result[0] if isinstance(result, (tuple, list)) else result
+    last = len(given) - 1
+    return [torch.autograd.grad(result, leaf, r, retain_graph=i < last)[0] for i, r in enumerate(given)]
+
+
+def _share(r: Tensor, result: Tensor, epsilon: float) -> Tensor:
+    if r.ndim < 2:
+        return ops.relevance_divide(r.unsqueeze(1), result.unsqueeze(1), epsilon=epsilon).squeeze(1)
+    return ops.relevance_divide(r, result, epsilon=epsilon)
