@@ -1,0 +1,171 @@
+"""Relevance methods on ResNet-50 and VGG-16: time and memory as multiples of the plain forward, beside Zennit.
+
+    python -P benchmarks/methods/bench_relevance.py [--rounds 7] [--only resnet50]
+
+Random weights, batch 8, 224 x 224, float32. F is the model's own forward under `inference_mode`, of the same network. Zennit
+runs with its canonizers, batch norms merged once before the clock starts. Correctness first: every map against the same
+method with the ops' PyTorch references, and composites against Zennit's relevance.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _harness as harness
+
+import fastcam
+from fastcam._testing.models import torchvision_models
+
+BATCH, SIDE = 8, 224
+METHODS: dict[str, dict[str, Any]] = {
+    "lrp epsilon_plus": {"method": "lrp", "composite": "epsilon_plus"},
+    "lrp epsilon_plus_flat": {"method": "lrp", "composite": "epsilon_plus_flat"},
+    "lrp epsilon_alpha2_beta1": {"method": "lrp", "composite": "epsilon_alpha2_beta1"},
+    "attribution_equilibrium": {"method": "attribution_equilibrium"},
+    "relevance_cam": {"method": "relevance_cam"},
+    "rap": {"method": "rap"},
+    "clrp": {"method": "clrp"},
+    "sglrp": {"method": "sglrp"},
+    "guided_backprop": {"method": "guided_backprop"},
+}
+#: The layer that relevance_cam stops at: ResNet's third stage, VGG's fourth block.
+LAYERS = {"resnet50": "layer3", "vgg16": "features.22"}
+
+
+def network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return getattr(torchvision_models(), name)(weights=None).eval()
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    images = torch.randn(BATCH, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+    return images, torch.arange(BATCH) * 7
+
+
+def explainer(name: str, what: str, model: nn.Module) -> fastcam.Explainer:
+    options = dict(METHODS[what])
+    if what == "relevance_cam":
+        options["layer"] = LAYERS[name]
+    return fastcam.Explainer(model, options.pop("method"), **options)
+
+
+def zennit_calls(name: str) -> dict[str, tuple[str, Callable[[], torch.Tensor]]]:
+    """Row -> our row it answers, and the call."""
+    try:
+        from zennit.attribution import Gradient
+        from zennit.composites import COMPOSITES
+        from zennit.torchvision import ResNetCanonizer, VGGCanonizer
+    except ImportError:
+        print("zennit is not installed (extra 'peers'); its rows are left out")
+        return {}
+    images, targets = batch()
+    seeds = torch.eye(1000)[targets]
+    found = {}
+    for composite in ("epsilon_plus", "epsilon_alpha2_beta1"):
+        canonizer = ResNetCanonizer() if "resnet" in name else VGGCanonizer()
+        attributor = Gradient(network(name), COMPOSITES[composite](canonizers=[canonizer]))
+        attributor.register_composite() if hasattr(attributor, "register_composite") else attributor.__enter__()
+        found[f"zennit {composite}"] = (
+            f"lrp {composite}",
+            lambda attributor=attributor: attributor(images.clone(), seeds)[1],
+        )
+    return found
+
+
+def measure(name: str, options: Any) -> list[dict[str, Any]]:
+    model = network(name)
+    images, targets = batch()
+
+    def forward() -> None:
+        with torch.inference_mode():
+            model(images)
+
+    calls: dict[str, Callable[[], Any]] = {"forward": forward}
+    match: dict[str, tuple[bool, float]] = {"forward": (True, 0.0)}
+    ours: dict[str, torch.Tensor] = {}
+    for what in METHODS:
+        if options.only not in f"{name} {what}":
+            continue
+        made = explainer(name, what, model)
+        maps = made(images, targets).maps
+        with fastcam.backend("reference"):
+            match[what] = harness.agree(made(images, targets).maps, maps, 2e-3)
+        ours[what] = maps
+        calls[what] = lambda made=made: made(images, targets)
+    for label, (answers, call) in zennit_calls(name).items():
+        if answers not in ours:
+            continue
+        theirs = call().sum(1)
+        theirs = theirs / theirs.flatten(1).abs().amax(1).reshape(-1, 1, 1)
+        # The release keeps eps in merged batch norms, which moves ResNet maps by some 1e-4.
+        match[label] = harness.agree(theirs, ours[answers], 2e-2)
+        calls[label] = call
+    times = harness.alternate(calls, options.rounds, warmup=1)
+    rows = []
+    for label, seconds in times.items():
+        correct, error = match[label]
+        more = {"times_forward": harness.ratio(times, label, "forward"), "max_err": error}
+        if label.startswith("zennit"):
+            more["times_ours"] = harness.ratio(times, label, "lrp" + label.removeprefix("zennit"))
+        rows.append(harness.row(f"{name} {label}", seconds, correct, **more))
+    return rows
+
+
+def peak_mib(name: str, what: str) -> float:
+    """Peak resident memory of one call above the state before it, in a fresh process, after one call for warmth."""
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
+        "import bench_relevance as bench\n"
+        "name, what = sys.argv[2:4]\n"
+        "model = bench.network(name)\nimages, targets = bench.batch()\n"
+        "if what == 'autograd':\n"
+        "    def call():\n"
+        "        leaf = images.clone().requires_grad_()\n"
+        "        return torch.autograd.grad(model(leaf)[range(len(leaf)), targets].sum(), leaf)\n"
+        "else:\n"
+        "    made = bench.explainer(name, what, model)\n"
+        "    call = lambda: made(images, targets)\n"
+        "call()\n"
+        "def status(key):\n"
+        "    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(key))\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\n"
+        "before = status('VmRSS:'); call(); print(status('VmHWM:') - before)\n"
+    )
+    # Blocks above 1 MiB come from and go back to the system at once, so that resident memory follows the tensors.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
+    environment["FASTCAM_RESULT_POOL"] = "0"
+    command = [sys.executable, "-P", "-c", code, str(Path(__file__).parent), name, what]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return int(done.stdout.split()[-1]) / 1024
+
+
+def main() -> None:
+    options = harness.arguments((__doc__ or "").splitlines()[0]).parse_args()
+    torch.set_num_threads(options.threads)
+    start = time.time()
+    rows = [row for name in LAYERS if options.only.split()[:1] in ([], [name]) for row in measure(name, options)]
+    more: dict[str, Any] = {}
+    if not options.only:
+        for name in LAYERS:
+            for what in ("autograd", "lrp epsilon_plus", "lrp epsilon_alpha2_beta1", "attribution_equilibrium", "rap"):
+                more[f"peak_mib {name} {what}"] = round(peak_mib(name, what), 1)
+    harness.table(rows, ["name", "times_forward", "times_ours", "median_us", "iqr_us", "max_err", "match"])
+    print(json.dumps(more, indent=1))
+    harness.write(
+        "relevance", options.device, rows, options.out, batch=BATCH, side=SIDE, seconds=round(time.time() - start), **more
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Every rule of weighted layers against dense matrices: contributions C_ji = W_ji x_i out of an explicit Jacobian, float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fastcam.program.relevance import AlphaBeta, Epsilon, Flat, Gamma, Gradient, WSquare, ZBox, ZPlus
+from fastcam.program.relevance.layer import Geometry, Layer, ModifiedWeights
+from fastcam.program.relevance.messages import Relevance
+
+EPSILON = 1e-6
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(7, 5), (2, 7)),
+    "linear, tokens": (lambda: nn.Linear(7, 5), (2, 3, 7)),
+    "conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1), (2, 4, 9)),
+    "conv2d": (lambda: nn.Conv2d(3, 5, 3), (2, 3, 6, 7)),
+    "conv2d padded": (lambda: nn.Conv2d(3, 4, (3, 5), padding=(1, 3)), (2, 3, 6, 7)),
+    "conv2d strided": (lambda: nn.Conv2d(3, 4, 3, stride=2, padding=1), (2, 3, 7, 8)),
+    "conv2d, last rows unread": (lambda: nn.Conv2d(3, 4, 2, stride=3), (2, 3, 7, 10)),
+    "conv2d 1x1 strided": (lambda: nn.Conv2d(4, 6, 1, stride=2), (2, 4, 7, 6)),
+    "conv2d dilated": (lambda: nn.Conv2d(3, 4, 3, dilation=2, padding=2), (2, 3, 7, 7)),
+    "conv2d grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, padding=1), (2, 4, 5, 6)),
+    "conv2d depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4, stride=2), (2, 4, 7, 7)),
+    "conv2d no bias": (lambda: nn.Conv2d(3, 5, 3, bias=False), (2, 3, 6, 6)),
+    "conv3d": (lambda: nn.Conv3d(2, 3, 3, stride=(1, 2, 1), padding=1), (2, 2, 4, 5, 4)),
+    "conv_transpose1d": (lambda: nn.ConvTranspose1d(3, 4, 3, stride=2), (2, 3, 6)),
+    "conv_transpose2d": (lambda: nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1, output_padding=1), (2, 3, 4, 5)),
+    "conv_transpose2d grouped": (lambda: nn.ConvTranspose2d(4, 6, 2, stride=2, groups=2), (2, 4, 4, 4)),
+    "conv_transpose3d": (lambda: nn.ConvTranspose3d(2, 3, 2), (1, 2, 3, 3, 3)),
+}
+GEOMETRY = {
+    nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3, nn.ConvTranspose1d: 1, nn.ConvTranspose2d: 2, nn.ConvTranspose3d: 3,
+}  # fmt: skip
+
+
+def geometry_of(module: nn.Module) -> Geometry:
+    if isinstance(module, nn.Linear):
+        return Geometry(0)
+    rank, transposed = GEOMETRY[type(module)], "Transpose" in type(module).__name__
+    extra = tuple(module.output_padding) if transposed else ()
+    stride, padding, dilation = tuple(module.stride), tuple(module.padding), tuple(module.dilation)
+    return Geometry(rank, transposed, stride, padding, dilation, module.groups, extra)
+
+
+def matrix(module: nn.Module, shape, change=lambda w: w) -> torch.Tensor:
+    """The layer without bias on one input, as (outputs, inputs)."""
+    weights = {name: change(p.detach()) if name == "weight" else torch.zeros_like(p) for name, p in module.named_parameters()}
+
+    def run(flat: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(module, weights, (flat.reshape(1, *shape[1:]),)).flatten()
+
+    return torch.autograd.functional.jacobian(run, torch.zeros(torch.Size(shape[1:]).numel(), dtype=torch.float64))
+
+
+def st(d: torch.Tensor, epsilon: float) -> torch.Tensor:
+    return d + torch.where(d >= 0, epsilon, -epsilon)
+
+
+def expected(rule, module, x, r) -> torch.Tensor:
+    """R' of flat x (n, I) and R (n, O) by sums over all pairs of an input and an output."""
+    w = matrix(module, (1, *x.shape[1:]))
+    flat, given = x.flatten(1), r.flatten(1)
+    bias = torch.zeros_like(given)
+    if module.bias is not None and rule.bias:
+        channel = -1 if isinstance(module, nn.Linear) else 1
+        view = [1] * r.ndim
+        view[channel] = -1
+        bias = module.bias.detach().reshape(view).expand_as(r).flatten(1)
+    c = w.unsqueeze(0) * flat.unsqueeze(1)
+    up, down = c.clamp(min=0), c.clamp(max=0)
+    z, p, n = c.sum(2) + bias, up.sum(2) + bias.clamp(min=0), down.sum(2) + bias.clamp(max=0)
+    e = rule.epsilon
+
+    def shares(parts: torch.Tensor, divisor: torch.Tensor) -> torch.Tensor:
+        return (parts * (given / st(divisor, e)).unsqueeze(2)).sum(1)
+
+    if isinstance(rule, Epsilon):
+        found = shares(c, z)
+    elif isinstance(rule, ZPlus):
+        found = shares(up, p)
+    elif isinstance(rule, AlphaBeta):
+        found = rule.alpha * shares(up, p) - rule.beta * shares(down, n)
+    elif isinstance(rule, Gamma):
+        g = rule.gamma
+        high, low = (z > 0).unsqueeze(2), (z < 0).unsqueeze(2)
+        found = shares((c + g * up) * high, z + g * p) + shares((c + g * down) * low, z + g * n)
+    elif isinstance(rule, ZBox):
+        low, high = (bound.expand_as(x).flatten(1).unsqueeze(1) for bound in rule.bounds(x))
+        parts = c - low * w.clamp(min=0) - high * w.clamp(max=0)
+        found = shares(parts, parts.sum(2))
+    elif isinstance(rule, WSquare):
+        squares = matrix(module, (1, *x.shape[1:]), torch.square).expand_as(c)
+        found = shares(squares, squares.sum(2) + bias.square())
+    elif isinstance(rule, Flat):
+        ones = matrix(module, (1, *x.shape[1:]), torch.ones_like).expand_as(c)
+        found = shares(ones, ones.sum(2))
+    else:
+        found = given @ w
+    return found.reshape(x.shape)
+
+
+RULES = {
+    "epsilon": Epsilon(epsilon=0.01),
+    "epsilon, no bias": Epsilon(bias=False),
+    "zplus": ZPlus(),
+    "zplus, no bias": ZPlus(bias=False),
+    "alpha 2 beta 1": AlphaBeta(),
+    "alpha 1 beta 0": AlphaBeta(alpha=1.0, beta=0.0),
+    "gamma": Gamma(),
+    "gamma 3, no bias": Gamma(gamma=3.0, bias=False),
+    "zbox": ZBox(low=-2.0, high=3.0),
+    "zbox, minmax": ZBox(),
+    "wsquare": WSquare(),
+    "flat": Flat(),
+    "gradient": Gradient(),
+}
+
+
+@pytest.mark.parametrize("signed", [False, True], ids=["x >= 0", "signed x"])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("layer", LAYERS)
+def test_rule_is_its_sum_over_pairs(layer, rule, signed):
+    build, shape = LAYERS[layer]
+    torch.manual_seed(3)
+    module = build().double()
+    x = torch.randn(shape, dtype=torch.float64)
+    x = x if signed else x.relu()
+    z = module(x).detach()
+    r = torch.randn_like(z)
+    found = sent(RULES[rule], module, x, r, signed)
+    want = expected(RULES[rule], module, x, r)
+    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-10 * float(want.abs().max()))
+
+
+def sent(rule, module, x, r, signed, output=None) -> torch.Tensor:
+    bias = None if module.bias is None else module.bias.detach()
+    layer = Layer(geometry_of(module), x, output, module.weight.detach(), bias, signed, ModifiedWeights())
+    return rule.send(layer, rule.prepare(layer), Relevance(r)).tensor()
+
+
+def test_relevance_kept_as_a_product_gives_the_same():
+    module = nn.Conv2d(3, 4, 3, padding=1).double()
+    x = torch.rand(2, 3, 5, 5, dtype=torch.float64)
+    one, other = torch.randn(2, 2, 4, 5, 5, dtype=torch.float64).unbind(0)
+    layer = Layer(geometry_of(module), x, None, module.weight.detach(), module.bias.detach(), False, ModifiedWeights())
+    for rule in RULES.values():
+        prepared = rule.prepare(layer)
+        whole = rule.send(layer, prepared, Relevance(one * other)).tensor()
+        torch.testing.assert_close(rule.send(layer, prepared, Relevance(one, other)).tensor(), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_identities_between_rules():
+    module = nn.Conv2d(3, 4, 3, padding=1, bias=False).double()
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    r = torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    same = [
+        (AlphaBeta(alpha=1.0, beta=0.0), ZPlus()),
+        (Gamma(gamma=0.0), Epsilon()),
+        (ZBox(low=0.0, high=0.0, epsilon=0.0), Epsilon(epsilon=0.0)),
+    ]
+    for one, other in same:
+        torch.testing.assert_close(sent(one, module, x, r, True), sent(other, module, x, r, True), rtol=1e-9, atol=1e-9)
+    # Without biases every rule but the gradient hands on what it was given, up to the stabiliser.
+    for rule in RULES.values():
+        if not isinstance(rule, (Gradient, AlphaBeta)) and rule.epsilon < 1e-3:
+            total = sent(rule, module, x, r, True).sum()
+            torch.testing.assert_close(total, r.sum(), rtol=1e-3, atol=1e-3)
+
+
+def test_large_gamma_tends_to_zplus_where_the_output_is_positive():
+    module = nn.Conv2d(3, 4, 3, bias=False).double()
+    x = torch.rand(1, 3, 5, 5, dtype=torch.float64)
+    r = torch.randn(1, 4, 3, 3, dtype=torch.float64) * (functional.conv2d(x, module.weight.detach()) > 0)
+    torch.testing.assert_close(
+        sent(Gamma(gamma=1e9), module, x, r, False), sent(ZPlus(), module, x, r, False), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_box_rule_on_a_constant_image_is_zero():
+    module = nn.Conv2d(3, 4, 3, padding=1)
+    x = torch.full((2, 3, 5, 5), 0.3)
+    assert sent(ZBox(low=0.3, high=0.3, epsilon=0.0), module, x, torch.randn(2, 4, 5, 5), True).count_nonzero() == 0
+
+
+def test_float32_on_the_networks_layer_shapes():
+    """What cancels is no divisor: float32 against float64 at a wide and a depthwise layer."""
+    torch.manual_seed(0)
+    for module, side in ((nn.Conv2d(256, 256, 3, padding=1), 14), (nn.Conv2d(64, 64, 3, padding=1, groups=64), 28)):
+        x = torch.randn(2, module.in_channels, side, side).relu()
+        r = torch.randn(2, module.out_channels, side, side).abs()
+        for rule in (ZPlus(), AlphaBeta(), Gamma(), Epsilon(epsilon=1e-2)):
+            found = sent(rule, module, x, r, False)
+            exact = sent(rule, module.double(), x.double(), r.double(), False)
+            module.float()
+            error = (found - exact).norm() / exact.norm()
+            assert error < 1e-3, f"{rule}: {error:.2g}"
+
+
+@pytest.mark.parametrize(
+    ("build", "error"),
+    [
+        (lambda: AlphaBeta(alpha=2.0, beta=0.5), "alpha - beta"),
+        (lambda: AlphaBeta(alpha=-1.0, beta=-2.0), "neither negative"),
+        (lambda: Gamma(gamma=-0.1), "gamma"),
+        (lambda: Epsilon(epsilon=-1e-6), "epsilon"),
+        (lambda: Epsilon(epsilon=float("nan")), "epsilon"),
+        (lambda: ZBox(low=1.0, high=0.0), "low must not exceed high"),
+        (lambda: ZBox(low="least"), "minmax"),
+    ],
+)
+def test_numbers_out_of_range_are_named(build, error):
+    with pytest.raises(ValueError, match=error):
+        build()
