@@ -156,13 +156,15 @@ class Explainer:
     def _explain(self, images: torch.Tensor, targets: TargetSpec) -> Attribution:
         by_index = not callable(targets) or isinstance(targets, torch.Tensor)
         options = self.options
-        passed = self._session(images).forward(images, options.needed(self.method.needs), by_index)
+        needs = options.needed(self.method.needs)
+        passed = self._session(images).forward(images, needs, by_index)
         resolved = resolve_targets(targets, passed.output, len(images))
         features = passed.features
         if options.reshape_transform is not None:
             features = options.reshape_transform(features)
         check_spatial((None, *features.shape[1:]), passed.layer, images.ndim - 2, options.reshape_transform is not None)
-        size = self._map_size(images, features, passed.layer)
+        at_image = isinstance(needs, Backward) and needs.below
+        size = self._map_size(images, images if at_image else features, passed.layer)
         passage = Passage(passed, images, features, resolved, options, self.pixels)
         evidence = self.method.evidence(passage, options)
         relu = isinstance(options, CamOptions) and options.relu

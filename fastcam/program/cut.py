@@ -134,8 +134,12 @@ class Cut:
                 stop, sizes = self.feature, self.sizes
                 starts = frozenset(self.starts)
                 ends = self.program.output_indices | starts
-                # Nothing after the start gets relevance, but the output needs it.
-                nodes = self._head_nodes
+                # A softmax after the start gets no relevance, and needs no rule.
+                after = set().union(*(self.program.descendants(i) - {i} for i in starts)) - starts
+                rest = [node for node in self._head_nodes if node.index in after]
+                nodes = [node for node in self._head_nodes if node.index not in after]
+                kept[key] = RelevanceWalk(self.program, stop, nodes, sizes, composer, ends, self._packed, rest)
+                return kept[key]
             kept[key] = RelevanceWalk(self.program, stop, nodes, sizes, composer, ends, self._packed)
         return kept[key]
 

@@ -195,7 +195,11 @@ def test_one_signed_and_empty_relevance_give_numbers():
             found = lower(w, x, one, 2.0, pointwise)
             assert found.isfinite().all()
     assert lower(w, x, torch.zeros_like(r)).count_nonzero() == 0
-    torch.testing.assert_close(lower(w, x, -r.abs()).sum((1, 2, 3)), torch.full((2,), -2.0).double())
+    # With active and inactive inputs everywhere nothing is lost.
+    w, x = torch.randn(5, 16).double(), torch.randn(2, 16, 6, 6).double()
+    totals = torch.full((2,), 2.0).double()
+    torch.testing.assert_close(lower(w, x, -r.abs()).sum((1, 2, 3)), -totals)
+    torch.testing.assert_close(lower(w, x, r.abs()).sum((1, 2, 3)), totals)
 
 
 @pytest.mark.parametrize("options", [{}, {"residual": "proportional"}, {"concat": "slice"}], ids=str)

@@ -33,11 +33,11 @@ NETWORKS = {"vgg16": VGGCanonizer, "vgg16_bn": VGGCanonizer, "resnet18": ResNetC
 def exact_merging(monkeypatch):
     original = SequentialMergeBatchNorm.merge_batch_norm
 
-    def merge(self, modules, batch_norm):
-        original(self, modules, batch_norm)
+    def merge(modules, batch_norm):
+        original(modules, batch_norm)
         batch_norm.eps = 0.0
 
-    monkeypatch.setattr(SequentialMergeBatchNorm, "merge_batch_norm", merge)
+    monkeypatch.setattr(SequentialMergeBatchNorm, "merge_batch_norm", staticmethod(merge))
 
 
 def network(name: str) -> nn.Module:

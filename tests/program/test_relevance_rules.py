@@ -1,4 +1,4 @@
-"""Every rule of weighted layers against dense matrices: contributions C_ji = W_ji x_i out of an explicit Jacobian, float64."""
+"""Every rule of weighted layers against dense matrices: contributions C_ji = W_ji x_i out of the layer's explicit matrix, float64."""
 
 from __future__ import annotations
 
@@ -47,13 +47,11 @@ def geometry_of(module: nn.Module) -> Geometry:
 
 
 def matrix(module: nn.Module, shape, change=lambda w: w) -> torch.Tensor:
-    """The layer without bias on one input, as (outputs, inputs)."""
-    weights = {name: change(p.detach()) if name == "weight" else torch.zeros_like(p) for name, p in module.named_parameters()}
-
-    def run(flat: torch.Tensor) -> torch.Tensor:
-        return torch.func.functional_call(module, weights, (flat.reshape(1, *shape[1:]),)).flatten()
-
-    return torch.autograd.functional.jacobian(run, torch.zeros(torch.Size(shape[1:]).numel(), dtype=torch.float64))
+    """The layer without bias on one input, as (outputs, inputs): what it makes of every unit vector."""
+    weights = {name: change(p) if name == "weight" else torch.zeros_like(p) for name, p in module.named_parameters()}
+    units = torch.eye(torch.Size(shape[1:]).numel(), dtype=torch.float64).reshape(-1, *shape[1:])
+    with torch.no_grad():
+        return torch.func.functional_call(module, weights, (units,)).flatten(1).T
 
 
 def st(d: torch.Tensor, epsilon: float) -> torch.Tensor:

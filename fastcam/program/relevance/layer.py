@@ -167,12 +167,8 @@ def _flipped(weight: Tensor, groups: int) -> Tensor:
 
 def _zeros_like(like: Tensor, shape: torch.Size) -> Tensor:
     last = like.ndim == 4 and not like.is_contiguous() and like.is_contiguous(memory_format=torch.channels_last)
-    return torch.zeros(
-        shape,
-        dtype=like.dtype,
-        device=like.device,
-        memory_format=torch.channels_last if last else torch.contiguous_format,  # type: ignore[call-arg]
-    )
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout).zero_()
 
 
 class Layer:

@@ -121,12 +121,14 @@ class RelevanceWalk:
     composer  chooses the rules
     ends      values that must survive the pass beside what the rules read: where relevance starts, and outputs
 
+    rest      steps that only the output needs, and no relevance passes
+
     Raises UnsupportedOpError where a step has no rule.
     """
 
     def __init__(
         self, program: Program, stop: int, nodes: Sequence[Node], sizes: frozenset[int], composer: Composer,
-        ends: frozenset[int], packed: bool,
+        ends: frozenset[int], packed: bool, rest: Sequence[Node] = (),
     ):  # fmt: skip
         self.program = program
         self.stop = stop
@@ -155,6 +157,7 @@ class RelevanceWalk:
             keep |= made.intersection(node.refs()) - active
             self._steps.append((node, active, way))
         self._needed = frozenset(keep)
+        made |= {node.index for node in rest}
         self._schedule = Schedule(program, made, frozenset(keep) | ends, True, packed)
 
     def record(self, features: Tensor, given: Mapping[int, Any], batch: int) -> Passed:

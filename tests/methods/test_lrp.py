@@ -1,0 +1,397 @@
+"""LRP and its relatives on whole networks: totals, identities, several targets and layers, bad input. Float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+import fastcam
+from fastcam._testing.models import residual, seeded, torchvision_models, vgg_like
+from fastcam.relevance import COMPOSITES, Composite, Epsilon, Flat, Gamma, Norm, ZPlus
+
+IMAGES = torch.randn(3, 3, 32, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+TARGETS = [1, 0, 4]
+NAMES = [name for name in COMPOSITES if name != "epsilon_gamma_box"]
+
+
+class Plain(nn.Module):
+    """Convolutions without biases, overlapping pools and a linear head: nothing absorbs relevance."""
+
+    def __init__(self, bias: bool = False):
+        super().__init__()
+        self.one = nn.Conv2d(3, 8, 3, padding=1, bias=bias)
+        self.two = nn.Conv2d(8, 12, 3, padding=1, bias=bias)
+        self.head = nn.Linear(12, 5, bias=bias)
+
+    def forward(self, x):
+        x = functional.max_pool2d(functional.relu(self.one(x)), 3, 2, 1)
+        return self.head(functional.relu(self.two(x)).mean((2, 3)))
+
+
+def plain(bias: bool = False) -> nn.Module:
+    return seeded(lambda: Plain(bias)).double()
+
+
+def test_input_times_gradient_is_epsilon_without_biases():
+    model = plain()
+    tiny = Composite(conv=Epsilon(epsilon=0.0), linear=Epsilon(epsilon=0.0), pool=Norm(epsilon=0.0))
+    result = fastcam.attribute(
+        model, IMAGES, "lrp", composite=tiny, seed="logit", targets=TARGETS, normalize=False, return_relevance=True
+    )
+    leaf = IMAGES.clone().requires_grad_()
+    scores = model(leaf)[range(3), TARGETS]
+    (gradient,) = torch.autograd.grad(scores.sum(), leaf)
+    torch.testing.assert_close(result.extra["relevance"], IMAGES * gradient, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(result.maps.sum((1, 2)), scores.detach(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(result.delta, torch.zeros(3).double(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("composite", ["epsilon_plus", "epsilon_plus_flat", "epsilon_alpha2_beta1_flat"])
+def test_totals_are_kept_where_no_bias_absorbs_any(composite):
+    result = fastcam.attribute(plain(), IMAGES, "lrp", composite=composite, targets=TARGETS, normalize=False)
+    torch.testing.assert_close(result.maps.sum((1, 2)), torch.ones(3).double(), rtol=5e-3, atol=5e-3)
+    assert result.delta.abs().max() < 5e-3  # the stabiliser's share of small logits
+    biased = fastcam.attribute(plain(True), IMAGES, "lrp", composite="epsilon_plus", bias="zero", targets=TARGETS)
+    assert biased.delta.abs().max() < 5e-3
+    kept = fastcam.attribute(plain(True), IMAGES, "lrp", composite="epsilon_plus", targets=TARGETS)
+    assert kept.delta.abs().max() > 1e-2  # what the biases took
+
+
+@pytest.mark.parametrize("build", [vgg_like, residual], ids=["vgg", "residual"])
+@pytest.mark.parametrize("method", ["lrp", "relevance_cam", "clrp", "sglrp", "guided_backprop"])
+def test_an_image_alone_and_a_target_alone_give_the_same(method, build):
+    model = build().double()
+    targets = torch.tensor([[0, 1], [2, 3], [4, 0]])
+    whole = fastcam.attribute(model, IMAGES, method, targets=targets, normalize=False).maps
+    assert whole.shape == (3, 2, 32, 32)
+    for i in range(3):
+        for t in range(2):
+            alone = fastcam.attribute(
+                model, IMAGES[i : i + 1], method, targets=[int(targets[i, t])], normalize=False
+            ).maps
+            torch.testing.assert_close(alone[0], whole[i, t], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("composite", NAMES)
+def test_layers_of_one_walk_are_the_walks_that_end_there(composite):
+    model = residual().double()
+    result = fastcam.attribute(
+        model, IMAGES, "lrp", composite=composite, targets=TARGETS, layers=["features"], normalize=False
+    )
+    there = fastcam.attribute(
+        model, IMAGES, "lrp", composite=composite, targets=TARGETS, layer="features", normalize=False, size="layer"
+    )
+    if "flat" not in composite:
+        torch.testing.assert_close(result.extra["layers"]["features"].sum(1), there.maps, rtol=1e-9, atol=1e-12)
+    with pytest.raises(ValueError, match="no layer 'nowhere'"):
+        fastcam.attribute(model, IMAGES, "lrp", layers=["nowhere"], targets=0)
+    with pytest.raises(TypeError, match="sequence of module names"):
+        fastcam.attribute(model, IMAGES, "lrp", layers="features", targets=0)
+
+
+ZOO = (
+    "resnet18", "resnet50", "vgg11_bn", "densenet121", "googlenet", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0",
+    "convnext_tiny", "alexnet", "regnet_y_400mf",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_networks_capture_and_run(name):
+    torch.manual_seed(0)
+    extra = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+    model = getattr(torchvision_models(), name)(weights=None, **extra)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():  # statistics of a batch: activations of untrained networks fade otherwise
+        model(torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(2)))
+    model.eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    result = fastcam.attribute(model, images, "lrp", composite="epsilon_plus", targets=[3, 8], normalize=False)
+    assert result.maps.shape == (2, 64, 64)
+    assert result.maps.isfinite().all()
+    assert result.maps.flatten(1).abs().sum(1).gt(0).all()
+    torch.testing.assert_close(result.scores, model(images), rtol=1e-3, atol=1e-3)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_changed_weights_are_seen_at_once():
+    model = vgg_like().double()
+    explainer = fastcam.Explainer(model, "lrp", composite="epsilon_alpha2_beta1_flat")
+    first = explainer(IMAGES, 1).maps
+    assert torch.equal(explainer(IMAGES, 1).maps, first)
+    convolution = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+    with torch.no_grad():
+        convolution.weight.neg_()
+    changed = explainer(IMAGES, 1).maps
+    fresh = fastcam.attribute(model, IMAGES, "lrp", composite="epsilon_alpha2_beta1_flat", targets=1).maps
+    assert torch.equal(changed, fresh)
+    assert not torch.allclose(changed, first)
+    convolution.weight.data = -convolution.weight.data  # another tensor
+    torch.testing.assert_close(explainer(IMAGES, 1).maps, first, rtol=1e-9, atol=1e-12)
+
+
+def test_a_composite_of_the_users_own():
+    model = residual().double()
+    mine = Composite(conv=ZPlus(), linear=Epsilon(), first=Flat(), names={"features*": Gamma(gamma=0.1)})
+    ours = fastcam.attribute(model, IMAGES, "lrp", composite=mine, targets=TARGETS).maps
+    usual = fastcam.attribute(model, IMAGES, "lrp", targets=TARGETS).maps
+    same = Composite(conv=ZPlus(), linear=Epsilon(), first=Flat(bias=False))
+    torch.testing.assert_close(fastcam.attribute(model, IMAGES, "lrp", composite=same, targets=TARGETS).maps, usual)
+    assert ours.isfinite().all()
+    assert not torch.allclose(ours, usual)
+
+
+def test_a_softmax_at_the_end_is_left_out():
+    inner = vgg_like().double()
+    model = nn.Sequential(inner, nn.Softmax(1)).eval()
+    with_softmax = fastcam.attribute(model, IMAGES, "lrp", targets=TARGETS).maps
+    torch.testing.assert_close(with_softmax, fastcam.attribute(inner, IMAGES, "lrp", targets=TARGETS).maps)
+
+
+def test_seeds():
+    model = vgg_like().double()
+    one = fastcam.attribute(model, IMAGES, "lrp", targets=TARGETS, normalize=False)
+    logit = fastcam.attribute(model, IMAGES, "lrp", targets=TARGETS, seed="logit", normalize=False)
+    scores = one.scores[range(3), TARGETS]
+    torch.testing.assert_close(logit.maps, one.maps * scores.reshape(3, 1, 1), rtol=1e-9, atol=1e-12)
+    seed = functional.one_hot(torch.tensor(TARGETS), 5).double()
+    given = fastcam.attribute(model, IMAGES, "lrp", seed=seed, normalize=False)
+    torch.testing.assert_close(given.maps, one.maps)
+    called = fastcam.attribute(model, IMAGES, "lrp", targets=lambda y: (y * seed).sum(1), normalize=False)
+    torch.testing.assert_close(called.maps, one.maps)
+    contrast = fastcam.attribute(model, IMAGES, "lrp", seed="contrast", targets=TARGETS, normalize=False)
+    spread = fastcam.attribute(model, IMAGES, "lrp", seed=seed * 1.2 - 0.2, normalize=False)
+    torch.testing.assert_close(contrast.maps, spread.maps)
+    with pytest.raises(ValueError, match="logits' shape"):
+        fastcam.attribute(model, IMAGES, "lrp", seed=seed[:, :4])
+
+
+def test_contrasts_total_nothing_and_sglrp_is_its_definition():
+    model = vgg_like().double()
+    for method, options in (("clrp", {}), ("clrp", {"dual": "logits"}), ("sglrp", {})):
+        found = fastcam.attribute(model, IMAGES, method, targets=TARGETS, normalize=False, **options)
+        size = found.maps.abs().sum((1, 2))
+        assert (found.maps.sum((1, 2)).abs() <= 1e-9 * size).all()
+        clipped = fastcam.attribute(model, IMAGES, method, targets=TARGETS, normalize=False, clip=True, **options)
+        torch.testing.assert_close(clipped.maps, found.maps.clamp(min=0))
+    p = model(IMAGES).softmax(1).detach()
+    onto = functional.one_hot(torch.tensor(TARGETS), 5).double()
+    pc = (p * onto).sum(1, keepdim=True)
+    from fastcam.methods.relevance_cam import guarded
+
+    walk = lambda seed: fastcam.attribute(  # noqa: E731
+        model, IMAGES, "lrp", composite=guarded(), seed=seed, normalize=False
+    ).maps
+    target, other = walk(onto * (pc * (1 - pc) + 1e-8)), walk((1 - onto) * pc * p)
+    want = target - other * (target.sum((1, 2)) / other.sum((1, 2))).reshape(3, 1, 1)
+    got = fastcam.attribute(model, IMAGES, "sglrp", targets=TARGETS, normalize=False).maps
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12)
+
+
+def test_relevance_cam_weights_are_mean_relevance_and_total_one_over_the_classes():
+    model = plain()
+    result = fastcam.attribute(
+        model, IMAGES, "relevance_cam", layer="two", targets=TARGETS, return_relevance=True, normalize=False, size="layer"
+    )
+    relevance = result.extra["relevance"]
+    torch.testing.assert_close(result.weights, relevance.mean((2, 3)), rtol=1e-10, atol=1e-12)
+    features = model.two(functional.max_pool2d(functional.relu(model.one(IMAGES)), 3, 2, 1)).detach()
+    want = (result.weights[:, :, None, None] * features).sum(1)
+    torch.testing.assert_close(result.maps, want, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(relevance.sum((1, 2, 3)), torch.full((3,), 0.2, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+
+
+def test_rap_totals_are_the_logits():
+    class Chain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(
+                nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 12, 3, padding=1), nn.ReLU(),
+                nn.Flatten(), nn.Linear(12 * 256, 10), nn.ReLU(), nn.Linear(10, 5),
+            )  # fmt: skip
+
+        def forward(self, x):
+            return self.body(x)
+
+    model = seeded(Chain).double()
+    result = fastcam.attribute(model, IMAGES, "rap", targets=TARGETS, normalize=False)
+    torch.testing.assert_close(result.maps.sum((1, 2)), result.scores[range(3), TARGETS], rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(result.delta, torch.zeros(3).double(), rtol=0, atol=1e-8)
+    signed = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 784, 5)).double()
+    with pytest.raises(fastcam.UnsupportedOpError, match="mirror='joint'"):
+        fastcam.attribute(signed.eval(), IMAGES, "rap", targets=TARGETS)
+    joint = fastcam.attribute(signed.eval(), IMAGES, "rap", targets=TARGETS, mirror="joint", normalize=False)
+    torch.testing.assert_close(joint.maps.sum((1, 2)), joint.scores[range(3), TARGETS].detach(), rtol=1e-7, atol=1e-9)
+
+
+def test_max_pool_shares():
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(3 * 16 * 16, 5, bias=False)
+
+        def forward(self, x):
+            return self.head(functional.max_pool2d(x, 2).flatten(1))
+
+    model = seeded(Pooled).double()
+    images = IMAGES.relu()
+    images[:, :, :2, :2] = 0  # a window of zeros
+    found = {
+        share: fastcam.attribute(
+            model, images, "lrp", composite="epsilon_plus", max_pool=share, targets=TARGETS, normalize=False,
+            return_relevance=True,
+        ).extra["relevance"]
+        for share in ("winner", "proportional", "ties")
+    }  # fmt: skip
+    totals = {share: functional.avg_pool2d(r, 2) * 4 for share, r in found.items()}
+    torch.testing.assert_close(totals["proportional"], totals["winner"], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(totals["ties"], totals["winner"], rtol=1e-9, atol=1e-12)
+    windows = images.unfold(2, 2, 2).unfold(3, 2, 2).flatten(-2)
+    shares = torch.where(windows.sum(-1, keepdim=True) == 0, 0.25, windows / windows.sum(-1, keepdim=True))
+    want = shares * totals["winner"].unsqueeze(-1)
+    got = found["proportional"].unfold(2, 2, 2).unfold(3, 2, 2).flatten(-2)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_guided_backprop_and_deconvnet_by_hand():
+    model = vgg_like().double()
+    for method, mask in (("guided_backprop", True), ("deconvnet", False)):
+
+        class Rule(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                ctx.save_for_backward(x)
+                return x.clamp(min=0)
+
+            @staticmethod
+            def backward(ctx, g, mask=mask):
+                (x,) = ctx.saved_tensors
+                return g.clamp(min=0) * (x > 0) if mask else g.clamp(min=0)
+
+        class Swapped(nn.Module):
+            def forward(self, x, rule=Rule):
+                return rule.apply(x)
+
+        twin = vgg_like().double()
+        for parent in list(twin.modules()):
+            for name, child in parent.named_children():
+                if isinstance(child, nn.ReLU):
+                    setattr(parent, name, Swapped())
+        assert any(isinstance(m, Swapped) for m in twin.modules())
+        leaf = IMAGES.clone().requires_grad_()
+        (want,) = torch.autograd.grad(twin(leaf)[range(3), TARGETS].sum(), leaf)
+        got = fastcam.attribute(model, IMAGES, method, targets=TARGETS, normalize=False, return_relevance=True)
+        torch.testing.assert_close(got.extra["relevance"], want, rtol=1e-9, atol=1e-12)
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 5)
+
+    def forward(self, x):
+        return self.head(torch.cumprod(self.stem(x), 2).mean((2, 3)))
+
+
+def test_a_step_without_a_rule_is_named_and_can_be_taught():
+    model = seeded(Odd).double()
+    with pytest.raises(fastcam.UnsupportedOpError, match=r"aten::cumprod.*register_relevance_rule") as caught:
+        fastcam.attribute(model, IMAGES, "lrp", targets=0)
+    assert "test_lrp.py" in str(caught.value)
+    from fastcam.program.relevance import walk
+
+    try:
+        fastcam.register_relevance_rule("aten::cumprod", "pass")
+        passed = fastcam.attribute(model, IMAGES, "lrp", targets=0).maps
+        fastcam.register_relevance_rule("aten::cumprod", lambda step, relevance: {step.source: relevance})
+        assert torch.equal(fastcam.attribute(model, IMAGES, "lrp", targets=0).maps, passed)
+        fastcam.register_relevance_rule("aten::cumprod", "gradient")
+        assert not torch.equal(fastcam.attribute(model, IMAGES, "lrp", targets=0).maps, passed)
+        for bad in ("swoosh", 3):
+            with pytest.raises((ValueError, TypeError), match="rule must be"):
+                fastcam.register_relevance_rule("aten::cumprod", bad)
+        with pytest.raises(ValueError, match="aten::cumprod"):
+            fastcam.register_relevance_rule("cumprod", "pass")
+    finally:
+        walk._registered.clear()
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"composite": "epsilon_pls"}, "did you mean 'epsilon_plus"),
+        ({"composite": "epsilon_gamma_box"}, "low= and high="),
+        ({"composite": "epsilon_gamma_box", "low": 2.0, "high": 1.0}, "low must not exceed"),
+        ({"epsilon": -1.0}, "epsilon"),
+        ({"gamma": float("inf")}, "gamma"),
+        ({"composite": "epsilon_alpha2_beta1", "alpha": 3.0}, "alpha - beta"),
+        ({"seed": "one"}, "seed"),
+        ({"bias": "none"}, "bias"),
+        ({"max_pool": "all"}, "max_pool"),
+        ({"norms": "drop"}, "norms"),
+        ({"composite": Composite(), "gamma": 0.5}, "gamma belongs"),
+    ],
+)
+def test_bad_options_are_named(options, error):
+    with pytest.raises(ValueError, match=error):
+        fastcam.Explainer(vgg_like(), "lrp", **options)
+
+
+def test_bad_rules_in_a_composite_are_named():
+    with pytest.raises(TypeError, match="conv must be"):
+        Composite(conv="zplus")
+    with pytest.raises(TypeError, match="activation must be"):
+        Composite(activation=ZPlus())
+    with pytest.raises(TypeError, match="names must map"):
+        Composite(names={"layer": "zplus"})
+
+
+def test_nan_zero_and_empty():
+    model = vgg_like().double()
+    bad = IMAGES.clone()
+    bad[1, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="image 1"):
+        fastcam.attribute(model, bad, "lrp", targets=TARGETS)
+    masked = fastcam.attribute(model, bad, "lrp", targets=TARGETS, on_nonfinite="mask")
+    assert masked.valid.tolist() == [True, False, True]
+    assert fastcam.attribute(model, torch.zeros_like(IMAGES), "lrp", targets=TARGETS).maps.isfinite().all()
+    assert fastcam.attribute(model, IMAGES[:0], "lrp").maps.shape == (0, 32, 32)
+    assert fastcam.attribute(model, IMAGES[:0], "attribution_equilibrium", targets=torch.zeros(0, 2).long()).maps.shape == (
+        0, 2, 32, 32,
+    )  # fmt: skip
+    nothing = fastcam.attribute(model, IMAGES, "lrp", seed=torch.zeros(3, 5).double())
+    assert nothing.maps.count_nonzero() == 0
+
+
+@pytest.mark.parametrize("method", ["lrp", "attribution_equilibrium", "relevance_cam"])
+def test_channels_last_bf16_and_half(method):
+    model = vgg_like()
+    images = IMAGES.float()
+    plain = fastcam.attribute(model, images, method, targets=TARGETS).maps
+
+    def similarity(maps: torch.Tensor) -> float:
+        return float(functional.cosine_similarity(maps.float().flatten(1), plain.flatten(1)).min())
+
+    last = fastcam.Explainer(model, method, channels_last=True)(images, TARGETS).maps
+    assert similarity(last) > 0.9999
+    half = fastcam.Explainer(model, method, precision="bf16")(images, TARGETS).maps
+    assert half.dtype == torch.float32
+    assert similarity(half) > 0.9
+    sixteen = fastcam.Explainer(model, method, precision="fp16")(images, TARGETS).maps
+    assert similarity(sixteen) > 0.999
+
+
+def test_the_model_is_left_as_it_was():
+    model = vgg_like()
+    model.train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.warns(UserWarning, match="train mode"):
+        fastcam.attribute(model, IMAGES.float(), "lrp", targets=0)
+    assert model.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
