@@ -1,10 +1,10 @@
 """Rules and composites for `method="lrp"`.
 
-    import fastcam
-    from fastcam.relevance import Composite, Epsilon, Gamma, ZPlus
+import fastcam
+from fastcam.relevance import Composite, Epsilon, Gamma, ZPlus
 
-    mine = Composite(conv=ZPlus(), linear=Epsilon(), names={"layer4.*": Gamma(gamma=0.1)})
-    result = fastcam.attribute(model, images, "lrp", composite=mine)
+mine = Composite(conv=ZPlus(), linear=Epsilon(), names={"layer4.*": Gamma(gamma=0.1)})
+result = fastcam.attribute(model, images, "lrp", composite=mine)
 """
 
 from fastcam.program.relevance import (

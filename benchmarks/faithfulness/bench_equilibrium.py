@@ -2,8 +2,8 @@
 
     python -P benchmarks/faithfulness/bench_equilibrium.py [--images 100]
 
-Held-out scenes of the testbed, both digits of each, one map a digit, at image size and signed where the method is. Masks are
-dilated by two pixels. Rows, means over digits:
+Held-out scenes of the testbed, both digits of each, one map a digit, at image size and signed where the method is.
+Masks are dilated by two pixels. Rows, means over digits:
 
   hit         the highest pixel lies on the target digit
   target      share of the positive values on the target, `other` on the other digit, `background` on neither
@@ -11,9 +11,9 @@ dilated by two pixels. Rows, means over digits:
   oirr        mean positive value off the target over that on it, median
   total       sum of the unnormalised map (median)
 
-Rows "without ..." leave out one term of the rule at k x k convolutions: the positive unit for active inputs, the negative
-unit for inactive ones, the shift. Cascading randomisation: Spearman's correlation of signed maps with the trained model's,
-after the weights are drawn anew (Xavier-uniform, biases uniform in [0, 1]) from the last layer down.
+Rows "without ..." leave out one term of the rule at k x k convolutions: the positive unit for active inputs, the
+negative unit for inactive ones, the shift. Cascading randomisation: Spearman's correlation of signed maps with the
+trained model's, after the weights are drawn anew (Xavier-uniform, biases uniform in [0, 1]) from the last layer down.
 
 Correctness first: totals of the trained chain of convolutions are ratio - 2 less what is lost, within 1e-3.
 No times are measured, so load on the machine does not matter.
@@ -187,7 +187,12 @@ def measure(name: str, images: int) -> list[dict[str, Any]]:
         values = torch.cat(parts).nan_to_num()
         error = float(values.std() / len(values) ** 0.5)
         found.append(
-            {"name": f"{name}, randomised: {label}", "mean": float(values.mean()), "standard_error": error, "n": len(values)}
+            {
+                "name": f"{name}, randomised: {label}",
+                "mean": float(values.mean()),
+                "standard_error": error,
+                "n": len(values),
+            }
         )
     return found
 

@@ -2,9 +2,9 @@
 
     python -P benchmarks/methods/bench_relevance.py [--rounds 7] [--only resnet50]
 
-Random weights, batch 8, 224 x 224, float32. F is the model's own forward under `inference_mode`, of the same network. Zennit
-runs with its canonizers, batch norms merged once before the clock starts. Correctness first: every map against the same
-method with the ops' PyTorch references, and composites against Zennit's relevance.
+Random weights, batch 8, 224 x 224, float32. F is the model's own forward under `inference_mode`, of the same network.
+Zennit runs with its canonizers, batch norms merged once before the clock starts. Correctness first: every map against
+the same method with the ops' PyTorch references, and composites against Zennit's relevance.
 """
 
 from __future__ import annotations
@@ -163,7 +163,14 @@ def main() -> None:
     harness.table(rows, ["name", "times_forward", "times_ours", "median_us", "iqr_us", "max_err", "match"])
     print(json.dumps(more, indent=1))
     harness.write(
-        "relevance", options.device, rows, options.out, batch=BATCH, side=SIDE, seconds=round(time.time() - start), **more
+        "relevance",
+        options.device,
+        rows,
+        options.out,
+        batch=BATCH,
+        side=SIDE,
+        seconds=round(time.time() - start),
+        **more,
     )
 
 

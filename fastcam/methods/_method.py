@@ -181,7 +181,7 @@ class Passage:
     def score_slopes(self) -> list[Any]:
         """d score / d output for a target that is a callable: one for each tensor of the output."""
         leaf = lambda t: t.detach().requires_grad_() if t.is_floating_point() else t  # noqa: E731
-        return score_slopes(self.output, self.targets, None, len(self.images), self.layer, leaf)  # type: ignore[no-any-return]
+        return score_slopes(self.output, self.targets, None, len(self.images), self.layer, leaf)
 
     def output_of(self, images: Tensor, folded: bool = False) -> Any:
         """The model's output for other images; `folded`: by the fastest way that is equal to rounding."""

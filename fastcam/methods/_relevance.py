@@ -95,7 +95,7 @@ def totals(seeds: list[Any]) -> list[Tensor]:
     for seed in seeds:
         parts = seed if isinstance(seed, list) else [seed]
         found.append(sum(part.flatten(1).sum(1) for part in parts if part is not None))
-    return found  # type: ignore[return-value]
+    return found
 
 
 def evidence_of(

@@ -24,10 +24,10 @@ class EquilibriumOptions(RelevanceOptions):
     ratio      r in [1, 2]: positive over negative budget at every k x k convolution; 2 is equilibrium
     residual   "branch": relevance of a residual sum goes down the branch alone, as released · "proportional": to both
                operands by their magnitudes, put together where they meet
-    concat     "release": at concatenations the relevance of zero activations, and of a dense block's input, is dropped ·
-               "slice": nothing is dropped
-    pointwise  which convolutions follow the 1 x 1 rule: "height": those of kernel height 1, as released · "all": those of a
-               single element
+    concat     "release": at concatenations the relevance of zero activations, and of a dense block's input, is dropped
+               · "slice": nothing is dropped
+    pointwise  which convolutions follow the 1 x 1 rule: "height": those of kernel height 1, as released · "all": those
+               of a single element
     threshold  what an activation must exceed to be active; above 0 for networks whose activations (SiLU, GELU) are
                seldom exactly 0
     """
@@ -67,14 +67,14 @@ def attribution_equilibrium(passage: Passage, options: EquilibriumOptions) -> Ev
         P = max(R, 0) / p,  N = min(R, 0) / q,  S(u, Q) = u t(Q / c(u, V), V)
         C  = S(max(x, 0), ratio P + N)
         R' = C - 1[C != 0] / n + S(1[x > 0], P) + S(1[x <= 0], N),   n the number of entries of C that are not 0
-    1 x 1 convolution: R' = S(max(x, 0), P + N) + S(1[x > 0], P) + S(1[x <= 0], N). Convolution of the image: the box rule
-    between the least and greatest value of each image. Max pools: to the greatest; average pools: by max(x, 0); batch norms
-    are folded. Biases take no part. map = sum over channels at the image.
+    1 x 1 convolution: R' = S(max(x, 0), P + N) + S(1[x > 0], P) + S(1[x <= 0], N). Convolution of the image: the box
+    rule between the least and greatest value of each image. Max pools: to the greatest; average pools: by max(x, 0);
+    batch norms are folded. Biases take no part. map = sum over channels at the image.
 
     The map is signed, its total ratio - 2 on chains of k x k convolutions; normalised, it is divided by its largest
     magnitude. Everything is counted image by image, unlike the public code, which adds up over the batch; on residual
-    networks that code's maps are twice these. Where an image has no negative (or no positive) relevance that budget is 0 and,
-    without a positive one, nothing is shifted.
+    networks that code's maps are twice these. Where an image has no negative (or no positive) relevance that budget is
+    0 and, without a positive one, nothing is shifted.
 
     `layer` is where the walk starts; None: the last activation before the final pooling (AlexNet: after its last pool,
     DenseNet: before its last ReLU).
@@ -96,8 +96,8 @@ def attribution_equilibrium(passage: Passage, options: EquilibriumOptions) -> Ev
         seeds.append(seed / scale.reshape(-1, *(1,) * (seed.ndim - 1)))
         if seed.device.type == "cpu" and bool((size == 0).any()):
             warnings.warn(
-                f"the score's gradient at layer '{passage.layer}' is zero for {int((size == 0).sum())} of {len(size)} images, "
-                "whose maps are zero",
+                f"the score's gradient at layer '{passage.layer}' is zero for {int((size == 0).sum())} of {len(size)} "
+                "images, whose maps are zero",
                 stacklevel=2,
             )
     found, layers = passage.relevance(seeds, options.layers)

@@ -79,9 +79,9 @@ def sglrp(passage: Passage, options: ContrastiveOptions) -> Evidence:
 
         map = L_t - L_o (sum L_t / sum L_o),   sum of the map = 0
 
-    as in `clrp`, from the seeds p_c (1 - p_c) + 1e-8 at the target c and p_c p_k at every other class k, p = softmax(y): the
-    gradient of p_c. The map depends on the second seed only up to a factor, so it is walked as the softmax over the other
-    classes and nothing underflows where p_c is nearly 1.
+    as in `clrp`, from the seeds p_c (1 - p_c) + 1e-8 at the target c and p_c p_k at every other class k, p =
+    softmax(y): the gradient of p_c. The map depends on the second seed only up to a factor, so it is walked as the
+    softmax over the other classes and nothing underflows where p_c is nearly 1.
 
     Shapes, errors, cost: as `clrp`.
     Source: Iwana et al., Explaining Convolutional Neural Networks using Softmax Gradient LRP, ICCV-W 2019.

@@ -25,8 +25,8 @@ class LrpOptions(RelevanceOptions):
     gamma        of the gamma rule; None: 0.25
     alpha, beta  of the alpha-beta rule, alpha - beta = 1; None: 2 and 1
     low, high    bounds of prepared images for "epsilon_gamma_box": numbers, tensors or "minmax" (of each image)
-    seed         relevance at the logits: "onehot" (1 at the target), "logit" (the logit there), "contrast" (1 at the target,
-                 -1/C at the other C - 1 classes), or a tensor (B, C)
+    seed         relevance at the logits: "onehot" (1 at the target), "logit" (the logit there), "contrast" (1 at the
+                 target, -1/C at the other C - 1 classes), or a tensor (B, C)
     bias         "include": biases take part in the rules and absorb relevance · "zero": they are left out
     max_pool     "winner", "proportional" or "ties"
     norms        batch norms after convolutions and linear layers: "fold" into them · "pass" relevance on unchanged ·
@@ -80,16 +80,16 @@ def lrp(passage: Passage, options: LrpOptions) -> Evidence:
 
         R_logits = seed;   R_j -> R_i by the rule of the step between;   map = sum_c R_c
 
-    Rules (`fastcam.relevance`; formulas there): epsilon, gamma, z+, alpha-beta, zB (box), w^2, flat, norm, pass, gradient.
-    Composites by name, for first layer / convolutions / linear layers:
+    Rules (`fastcam.relevance`; formulas there): epsilon, gamma, z+, alpha-beta, zB (box), w^2, flat, norm, pass,
+    gradient. Composites by name, for first layer / convolutions / linear layers:
         "epsilon_plus"          - / z+ / epsilon              "epsilon_plus_flat"          flat / z+ / epsilon
         "epsilon_alpha2_beta1"  - / alpha-beta / epsilon      "epsilon_alpha2_beta1_flat"  flat / alpha-beta / epsilon
         "epsilon_gamma_box"     zB / gamma / epsilon; needs low= and high=
         "excitation_backprop"   z+ everywhere, gradients of activations
         "guided_backprop", "deconvnet"   gradients, with max(R, 0) at ReLUs, with and without the ReLU's own mask
     Elsewhere: residual sums and average pools in proportion (norm), max pools to the winner, activations pass, products
-    by a gate go to the gated features, batch norms are folded into the convolution or linear layer before them, and pass
-    where there is none. ReLU as a function, in place or re-used, and modules used twice are steps like any other.
+    by a gate go to the gated features, batch norms are folded into the convolution or linear layer before them, and
+    pass where there is none. ReLU as a function, in place or re-used, and modules used twice are steps like any other.
 
     `Attribution.delta` is what the map's total lacks of the seed's: the relevance that biases, stabilisers and
     normalisations took. The map is signed; normalised, it is divided by its largest magnitude.
@@ -98,8 +98,9 @@ def lrp(passage: Passage, options: LrpOptions) -> Evidence:
     network's in bfloat16 (its maps differ by a few per cent), a float16 network is walked in float32.
     Errors: UnsupportedOpError naming the step without a rule and how to give it one; ValueError for numbers out of
     range, an unknown composite or seed, missing low/high.
-    Cost: a forward pass, and for each weighted step: epsilon one transposed convolution; z+ one modified forward (shared
-    by all targets) and one transposed; alpha-beta and gamma one and two; twice that where inputs may be negative.
+    Cost: a forward pass, and for each weighted step: epsilon one transposed convolution; z+ one modified forward
+    (shared by all targets) and one transposed; alpha-beta and gamma one and two; twice that where inputs may be
+    negative.
     Source: Bach et al. 2015; Montavon et al. 2017, 2019; Andeol et al. 2021; composites and conventions as Zennit's.
     """
     seeds = onehot_columns(passage, options.seed)

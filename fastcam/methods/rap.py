@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from fastcam.program.nodes import Node
 from fastcam.program.relevance import Composite, Norm, Rap, Weighted, ZBox
@@ -55,7 +54,8 @@ class OutputRule(Weighted):
 
 @dataclass(frozen=True, eq=False)
 class RapRules:
-    """Chooses rules: the output layer's own, the box rule at the image, `Rap` between, everything else in proportion."""
+    """Chooses rules: the output layer's own, the box rule at the image, `Rap` between, everything else in
+    proportion."""
 
     joint: bool
 
@@ -70,9 +70,7 @@ class RapRules:
         return plain
 
 
-_REST = Composite(
-    conv=Rap(), linear=Rap(), first=ZBox(epsilon=0.0), add=Norm(epsilon=0.0), pool=Norm(epsilon=0.0)
-)
+_REST = Composite(conv=Rap(), linear=Rap(), first=ZBox(epsilon=0.0), add=Norm(epsilon=0.0), pool=Norm(epsilon=0.0))
 
 
 def rap(passage: Passage, options: RapOptions) -> Evidence:
@@ -87,11 +85,11 @@ def rap(passage: Passage, options: RapOptions) -> Evidence:
     batch norms folded, biases left out below the output. The map's total is the logit y_c, up to relevance lost where
     all entries are 0 and in guarded proportions; `Attribution.delta` is the rest.
 
-    Shapes: (B, *spatial); T targets add an axis after B. Errors: as `lrp`; UnsupportedOpError for a layer whose inputs may
-    be negative (below the image), unless mirror="joint" takes both signs under one divisor.
+    Shapes: (B, *spatial); T targets add an axis after B. Errors: as `lrp`; UnsupportedOpError for a layer whose inputs
+    may be negative (below the image), unless mirror="joint" takes both signs under one divisor.
     Cost: the forward pass, and for each layer one modified forward and two transposed convolutions for each target.
-    Source: Nam et al., Relative Attributing Propagation, AAAI 2020, arXiv 1904.00605 (re-implemented from the equations;
-    residual paths are added up, where the public code multiplies them).
+    Source: Nam et al., Relative Attributing Propagation, AAAI 2020, arXiv 1904.00605 (re-implemented from the
+    equations; residual paths are added up, where the public code multiplies them).
     """
     logits = passage.logits
     seeds: list[Any] = [onehot(logits, chosen) for chosen in columns(passage)]

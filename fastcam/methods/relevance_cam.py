@@ -50,9 +50,9 @@ def relevance_cam(passage: Passage, options: RelevanceCamOptions) -> Evidence:
         w_k = mean over positions of R_k;   M = sum_k w_k A_k
 
     with R from the seed (1 at the target, -1/C at the other classes) by z+ in every convolution and linear layer, one
-    joint divisor for both signs of the inputs, and in proportion at residual sums and average pools; there is no ReLU at
-    the end. `layer=` any layer, early ones too; at one where relevance meets only non-negative inputs and no biases the total
-    of R is 1/C.
+    joint divisor for both signs of the inputs, and in proportion at residual sums and average pools; there is no ReLU
+    at the end. `layer=` any layer, early ones too; at one where relevance meets only non-negative inputs and no biases
+    the total of R is 1/C.
 
     Shapes: A, R (B, K, *spatial); w (B, K) in `Attribution.weights`; M (B, *spatial); T targets add an axis after B.
     Errors: as `lrp`; ValueError for a single class.

@@ -45,9 +45,7 @@ def _check(inputs: Tensor, parts: Tensor, budgets: Tensor, shift: bool = True, t
     _checks.check_not_negative(op, "threshold", threshold)
 
 
-def _fake(
-    inputs: Tensor, parts: Tensor, budgets: Tensor, shift: bool = True, threshold: float = 0.0
-) -> Tensor:
+def _fake(inputs: Tensor, parts: Tensor, budgets: Tensor, shift: bool = True, threshold: float = 0.0) -> Tensor:
     return torch.empty_like(inputs)
 
 

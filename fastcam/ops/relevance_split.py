@@ -79,9 +79,7 @@ def _fake(
     epsilon: float = 1e-6,
 ) -> Tensor:
     shape = (relevance.shape[0], 2 * relevance.shape[1], *relevance.shape[2:])
-    return torch.empty(
-        shape, dtype=relevance.dtype, device=relevance.device, memory_format=result_format(relevance)
-    )
+    return torch.empty(shape, dtype=relevance.dtype, device=relevance.device, memory_format=result_format(relevance))
 
 
 register_plain("relevance_split", references.relevance_split, _fake, _check)

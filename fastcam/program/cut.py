@@ -121,7 +121,10 @@ class Cut:
         return found
 
     def relevance_walk(self, composer: Any, below: bool) -> RelevanceWalk:
-        """The way of relevance down to the feature map, or from there to the image; UnsupportedOpError without a rule."""
+        """The way of relevance down to the feature map, or from there to the image.
+
+        Raises UnsupportedOpError for a step without a rule.
+        """
         kept = self._relevance.setdefault(composer, {})
         key = (below, known_relevance())
         if key not in kept:

@@ -23,8 +23,8 @@ class Weights:
     """The leaves of a program, read from the user's model at every call.
 
     With `dtype` or `channels_last`, or where batch norms are folded, converted copies are kept and made anew for each
-    leaf whose sources have changed (`fastcam.program.freshness`). With `lasting` too, leaves are the same tensor objects
-    from call to call until they change, so that more can be made of them and kept.
+    leaf whose sources have changed (`fastcam.program.freshness`). With `lasting` too, leaves are the same tensor
+    objects from call to call until they change, so that more can be made of them and kept.
     """
 
     def __init__(

@@ -15,11 +15,10 @@ from .biases import BiasedGraph, Visit
 from .capture import Program
 from .cut import Cut, cut
 from .execute import Weights
-from .forward import Backward, Forward, Graph, Needs, Reference, Relevances, Session, columns_of, detached
-from .forward import score_slopes
+from .forward import Backward, Forward, Graph, Needs, Reference, Relevances, Session, columns_of, detached, score_slopes
 from .layers import find_layer
 from .multipliers import Recorded, one_for_all
-from .nodes import Ref, op_name
+from .nodes import Ref
 from .relevance import Passed, RelevanceWalk
 from .rescale import known
 from .reveal_cancel import SignedWalk
@@ -148,7 +147,9 @@ class CapturedSession(Session):
                 values[self.cut.feature] = leaf
                 self.cut.head_graph.run(values, self.bound.compiled)
                 output = self.cut.program.result(values)
-        return CapturedForward(self, features, detached(output), entering, graph=Graph(leaf, output, self.layer), walked=walked)
+        return CapturedForward(
+            self, features, detached(output), entering, graph=Graph(leaf, output, self.layer), walked=walked
+        )
 
     def _for_relevance(self, images: Tensor, needs: Backward) -> CapturedForward:
         values = self._trunk(images)
@@ -265,11 +266,11 @@ class CapturedForward(Forward):
         index, _ = find_layer(program, self.session.bound.model, layer, len(self.features.shape) - 2, True)
         source = program.nodes[index]
         for node in program.nodes[index + 1 :]:
-            folded = len(node.args) > 1 and isinstance(node.args[1], Ref)
-            folded = folded and program.nodes[node.args[1].index].kind == "folded"
-            if folded and program.nodes[node.args[1].index].target.weight == source.args[1].index:
-                if op_name(node.target) == op_name(source.target) and node.args[0] == source.args[0]:
-                    return node.index
+            weight = node.args[1] if len(node.args) > 1 else None
+            made = program.nodes[weight.index] if isinstance(weight, Ref) else None
+            alike = node.target == source.target and node.args[0] == source.args[0]
+            if made is not None and made.kind == "folded" and alike and made.target.weight == source.args[1].index:
+                return node.index
         return index
 
     def gradients(self, targets: Targets) -> Tensor:

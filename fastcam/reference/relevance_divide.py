@@ -10,9 +10,7 @@ from fastcam._dtypes import accumulation_dtype
 __all__ = ["quotient", "relevance_divide", "scaled"]
 
 
-def relevance_divide(
-    relevance: Tensor, divisor: Tensor, factor: Tensor | None = None, epsilon: float = 1e-6
-) -> Tensor:
+def relevance_divide(relevance: Tensor, divisor: Tensor, factor: Tensor | None = None, epsilon: float = 1e-6) -> Tensor:
     """As empty_like(relevance); arguments as checked by the public function."""
     found = quotient(scaled(relevance, factor), divisor.to(accumulation_dtype(divisor.dtype)), epsilon)
     return torch.empty_like(relevance).copy_(found)

@@ -26,7 +26,9 @@ def convolution(x, w, r, ratio, geometry, pointwise):
 
     def spread(u, message):
         z = functional.conv2d(u, v, None, **geometry)
-        back = torch.autograd.functional.vjp(lambda t: functional.conv2d(t, v, None, **geometry), u, divide(message, z))[1]
+        back = torch.autograd.functional.vjp(
+            lambda t: functional.conv2d(t, v, None, **geometry), u, divide(message, z)
+        )[1]
         return u * back, message[z == 0].sum()
 
     shared, lost_c = spread(x.clamp(min=0), (1 if pointwise else ratio) * positive + negative)
@@ -258,7 +260,9 @@ def test_a_grey_image_and_a_score_without_gradient():
     assert result.maps.count_nonzero() == 0
 
 
-@pytest.mark.parametrize("options", [{"ratio": 0.9}, {"ratio": 2.1}, {"residual": "both"}, {"concat": "all"}, {"threshold": -1}])
+@pytest.mark.parametrize(
+    "options", [{"ratio": 0.9}, {"ratio": 2.1}, {"residual": "both"}, {"concat": "all"}, {"threshold": -1}]
+)
 def test_options_out_of_range(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         fastcam.Explainer(chain(), "attribution_equilibrium", **options)

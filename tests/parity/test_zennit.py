@@ -1,7 +1,7 @@
 """Composites against Zennit, run as it is (marker `peers`): random weights, float64.
 
-Zennit's packaged release leaves a batch norm's eps in place after merging it into the convolution; here its merged norms get
-eps = 0, which is what its source repository does.
+Zennit's packaged release leaves a batch norm's eps in place after merging it into the convolution; here its merged
+norms get eps = 0, which is what its source repository does.
 """
 
 from __future__ import annotations

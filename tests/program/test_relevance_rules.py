@@ -1,4 +1,4 @@
-"""Every rule of weighted layers against dense matrices: contributions C_ji = W_ji x_i out of the layer's explicit matrix, float64."""
+"""Every rule of weighted layers against dense matrices: contributions W_ji x_i, float64."""
 
 from __future__ import annotations
 
@@ -148,7 +148,9 @@ def test_relevance_kept_as_a_product_gives_the_same():
     for rule in RULES.values():
         prepared = rule.prepare(layer)
         whole = rule.send(layer, prepared, Relevance(one * other)).tensor()
-        torch.testing.assert_close(rule.send(layer, prepared, Relevance(one, other)).tensor(), whole, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            rule.send(layer, prepared, Relevance(one, other)).tensor(), whole, rtol=1e-12, atol=1e-12
+        )
 
 
 def test_identities_between_rules():

@@ -10,7 +10,21 @@ from typing import Any
 
 from ..nodes import Node
 from .layer import is_weighted
-from .rules import AlphaBeta, Epsilon, Flat, Gamma, Gradient, MaxPool, Norm, Pass, Rectified, Rule, Weighted, ZBox, ZPlus
+from .rules import (
+    AlphaBeta,
+    Epsilon,
+    Flat,
+    Gamma,
+    Gradient,
+    MaxPool,
+    Norm,
+    Pass,
+    Rectified,
+    Rule,
+    Weighted,
+    ZBox,
+    ZPlus,
+)
 from .walk import RelevanceWalk, Way, general_way, weighted_way
 
 __all__ = ["COMPOSITES", "Composite", "named"]
@@ -36,7 +50,8 @@ class Composite:
     pool          Norm() or Gradient(), for average pools, means and resizing
     max_pool      a MaxPool
     norm          Pass(), Gradient() or Epsilon(), for norms that are not folded into the convolution before them
-    names         pattern of dotted module names (`*` matches any part) -> rule of the steps inside; the first match counts
+    names         pattern of dotted module names (`*` matches any part) -> rule of the steps inside; the first match
+                  counts
     """
 
     conv: Weighted = field(default_factory=ZPlus)
@@ -50,8 +65,9 @@ class Composite:
     names: Mapping[str, Rule] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        weighted = {"conv": self.conv, "linear": self.linear}
-        for name, rule in weighted.items() | ({"first": self.first}.items() if self.first is not None else set()):
+        weighted: dict[str, Rule] = {"conv": self.conv, "linear": self.linear}
+        given = weighted if self.first is None else weighted | {"first": self.first}
+        for name, rule in given.items():
             if not isinstance(rule, Weighted):
                 raise TypeError(f"{name} must be a rule of weighted layers, such as ZPlus(); got {rule!r}")
         for name, kinds in _ALLOWED.items():
@@ -115,12 +131,10 @@ def _gamma_box(**options: Any) -> Composite:
     for bound in ("low", "high"):
         if options.get(bound) is None:
             raise ValueError(
-                "composite 'epsilon_gamma_box' needs low= and high=, the least and greatest values of a prepared image: "
-                "numbers, tensors or 'minmax'"
+                "composite 'epsilon_gamma_box' needs low= and high=, the least and greatest values of a prepared "
+                "image: numbers, tensors or 'minmax'"
             )
-    return Composite(
-        conv=_made(Gamma, options), linear=_made(Epsilon, options), first=_made(ZBox, options, "bias")
-    )
+    return Composite(conv=_made(Gamma, options), linear=_made(Epsilon, options), first=_made(ZBox, options, "bias"))
 
 
 def _excitation(**options: Any) -> Composite:
@@ -141,7 +155,8 @@ def _made(rule: type[Any], options: dict[str, Any], *without: str) -> Any:
     return rule(**{name: value for name, value in known.items() if name not in without})
 
 
-#: Name -> composite for the numbers `epsilon`, `gamma`, `alpha`, `beta`, `low`, `high` and `bias`, as far as it has them.
+#: Name -> composite for the numbers `epsilon`, `gamma`, `alpha`, `beta`, `low`, `high` and `bias`, as far as it has
+#: them.
 COMPOSITES: dict[str, Callable[..., Composite]] = {
     "epsilon_plus": _epsilon_plus,
     "epsilon_plus_flat": _flat(_epsilon_plus),

@@ -112,7 +112,8 @@ class Equilibrium:
 
         def take(step: StepView, given: list[Any]) -> Given:
             found = steps.moved(step, Pass(), given)
-            found.pop(dropped, None)
+            if dropped is not None:
+                found.pop(dropped, None)
             return {
                 ref: [Relevance(torch.where(step.get(ref) != 0, one.tensor(), 0)) for one in many]
                 for ref, many in found.items()
@@ -270,8 +271,8 @@ def start_layer(program: Program, model: nn.Module, spatial_rank: int) -> int | 
             found = index
             while True:
                 after = readers.get(index, [])
-                if len(after) != 1 or after[0].kind not in ("activation", "norm") and "dropout" not in op_name(
-                    after[0].target
+                if len(after) != 1 or (
+                    after[0].kind not in ("activation", "norm") and "dropout" not in op_name(after[0].target)
                 ):
                     return found
                 index = after[0].index

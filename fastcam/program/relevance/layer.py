@@ -26,7 +26,18 @@ __all__ = ["Geometry", "Layer", "ModifiedWeights", "Variant", "is_weighted"]
 Variant = Literal["own", "positive", "negative", "magnitude", "square", "ones"]
 
 _WEIGHTED = frozenset(
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear addmm mm matmul".split()
+    [
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "linear",
+        "addmm",
+        "mm",
+        "matmul",
+    ]
 )
 _MAKE: dict[str, Callable[[Tensor], Tensor]] = {
     "positive": lambda w: w.clamp(min=0),
@@ -53,7 +64,7 @@ class ModifiedWeights:
         kept = self._made.setdefault(weight, {})
         if key not in kept:
             kept[key] = make(weight)
-        return kept[key]  # type: ignore[no-any-return]
+        return kept[key]
 
 
 @dataclass(frozen=True)
@@ -118,7 +129,7 @@ class Geometry:
         if self.rank == 2:
             return _CONVOLVE(x, weight, bias, self.stride, self.pads, self.dilation, self.groups)
         run = _FORWARD[self.rank - 1]
-        return run(x, weight, bias, self.stride, self.pads, self.dilation, self.groups)  # type: ignore[no-any-return]
+        return run(x, weight, bias, self.stride, self.pads, self.dilation, self.groups)
 
     def back(self, s: Tensor, weight: Tensor, shape: torch.Size, cache: ModifiedWeights) -> Tensor:
         """The transpose of the step without bias, for an input of this shape."""
@@ -305,7 +316,7 @@ def weight_and_bias(node: Node, get: Callable[[int], Any]) -> tuple[Tensor, Tens
     name = op_name(node.target)
     args = list(node.args)
     if name == "addmm":
-        bias, x, weight = args[:3]
+        bias, _, weight = args[:3]
         if node.kwargs or not isinstance(weight, Ref):
             return None
         return get(weight.index).t(), map_refs(bias, get), 1

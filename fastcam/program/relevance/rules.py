@@ -1,8 +1,8 @@
 """Relevance rules: what a step does with the relevance of its result.
 
-A rule is a few numbers and one formula. R is the relevance at the step's result z = W x + b, R' what it gives at x; c(u, V) is
-the step without bias, t(s, V) its transpose, u+ = max(u, 0), u- = min(u, 0), st(d) = d + eps sign d with sign 0 = 1.
-Weighted steps see x >= 0 only (`Layer.parts`): there c(x+, W+) + c(x-, W-) is what W+ makes of x.
+A rule is a few numbers and one formula. R is the relevance at the step's result z = W x + b, R' what it gives at x;
+c(u, V) is the step without bias, t(s, V) its transpose, u+ = max(u, 0), u- = min(u, 0), st(d) = d + eps sign d with
+sign 0 = 1. Weighted steps see x >= 0 only (`Layer.parts`): there c(x+, W+) + c(x-, W-) is what W+ makes of x.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .layer import Layer
 from .messages import Relevance, divided
 
 __all__ = [
-    "AlphaBeta", "Epsilon", "Flat", "Gamma", "Gradient", "MaxPool", "Norm", "Pass", "Rap", "Rectified", "Rule", "WSquare",
-    "Weighted", "ZBox", "ZPlus",
+    "AlphaBeta", "Epsilon", "Flat", "Gamma", "Gradient", "MaxPool", "Norm", "Pass", "Rap", "Rectified", "Rule",
+    "WSquare", "Weighted", "ZBox", "ZPlus",
 ]  # fmt: skip
 
 #: How much of W+ and of W- a message goes through.
@@ -174,8 +174,8 @@ class Gamma(_Split):
 
 @dataclass(frozen=True)
 class Rap(_Split):
-    """Relative Attributing Propagation: C = x t(R+ / p, W+) + x t(R- / |n| + R / (p + |n|), |W-|), then the difference of
-    the totals of C and R is taken from the entries of C that are not 0, in equal parts."""
+    """Relative Attributing Propagation: C = x t(R+ / p, W+) + x t(R- / |n| + R / (p + |n|), |W-|), then the difference
+    of the totals of C and R is taken from the entries of C that are not 0, in equal parts."""
 
     name = "rap"
     bias: bool = False
@@ -201,7 +201,7 @@ class Rap(_Split):
 
 
 def balanced(found: Tensor, given: Tensor) -> Tensor:
-    """What `found` totals more than `given`, image by image, is taken from its entries that are not 0 in equal parts."""
+    """`found` less what it totals more than `given`, in equal parts from those of an image's entries that are not 0."""
     entries = found != 0
     count = entries.flatten(1).sum(1)
     excess = found.flatten(1).sum(1) - given.flatten(1).sum(1)
@@ -233,7 +233,7 @@ class ZBox(Weighted):
         found = []
         for value, extreme in ((self.low, torch.amin), (self.high, torch.amax)):
             if isinstance(value, str):
-                bound = extreme(x.flatten(1), 1).reshape(-1, *(1,) * (x.ndim - 1))  # type: ignore[operator]
+                bound = extreme(x.flatten(1), 1).reshape(-1, *(1,) * (x.ndim - 1))
             elif isinstance(value, Tensor):
                 bound = value.to(x)
                 bound = bound.reshape(*(1,) * (x.ndim - bound.ndim), *bound.shape)

@@ -1,7 +1,7 @@
 """Relevance through steps without weights: pools, sums, products, norms, activations, and whatever moves values.
 
-Each function takes the step's view (`StepView`), its rule and the relevance of its result for every target, and gives the
-relevance of what the step reads.
+Each function takes the step's view (`StepView`), its rule and the relevance of its result for every target, and gives
+the relevance of what the step reads.
 """
 
 from __future__ import annotations
@@ -16,14 +16,27 @@ from torch import Tensor
 from fastcam import ops
 
 from ..nodes import Node, Ref, map_refs, op_name
-from ..transpose import Cotangent, transpose
+from ..transpose import transpose
 from .messages import Relevance
 from .rules import Epsilon, Gradient, MaxPool, Norm, Pass, Rectified, Rule
 
-__all__ = ["Given", "StepView", "activation", "average", "derivative", "max_pool", "moved", "norm", "passed", "product", "summed"]
+__all__ = [
+    "Given",
+    "StepView",
+    "activation",
+    "average",
+    "derivative",
+    "max_pool",
+    "moved",
+    "norm",
+    "passed",
+    "product",
+    "summed",
+]
 
-#: Relevance by index of the value read, for each target.
-Given = dict[int, list[Relevance | dict[int, Tensor]]]
+#: Relevance by index of the value read, for each target: `Relevance`, or tensors by position where the value is a
+#: tuple.
+Given = dict[int, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -121,7 +134,8 @@ def _shared(x: Tensor, r: Tensor, kernel: tuple[int, ...], options: dict[str, An
     images = x.reshape(b * c, 1, *size)
     inside = unfold(torch.ones_like(images[:1]), kernel, **options) > 0  # padding is none of the window's own
     values = unfold(images, kernel, **options)
-    # A window that reaches beyond the last column (ceil_mode) has no column here; torch's own pool is asked for the rest.
+    # A window that reaches beyond the last column (ceil_mode) has no column here; torch's own pool is asked for the
+    # rest.
     columns = r.reshape(b * c, 1, -1)
     if columns.shape[-1] != values.shape[-1]:
         raise NotImplementedError("ceil_mode windows have no rule but max_pool='winner'")

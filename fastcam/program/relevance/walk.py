@@ -56,17 +56,20 @@ class Passed:
 
 
 #: Steps that only move values, or add them up with equal weights and no share to give.
-_MOVES = frozenset(
-    "reshape pad cat getitem index index_select slice_scatter select_scatter constant_pad_nd reflection_pad1d "
-    "reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d unfold gather copy "
-    "masked_fill".split()
-)
-_DROPPED_OUT = frozenset("dropout feature_dropout alpha_dropout feature_alpha_dropout".split())
-_AVERAGES = frozenset("mean sum".split())
-_NORMS = frozenset(
-    "batch_norm _native_batch_norm_legit_no_training layer_norm native_layer_norm group_norm native_group_norm "
-    "instance_norm rms_norm".split()
-)
+_MOVE_NAMES = """
+reshape pad cat getitem index index_select slice_scatter select_scatter constant_pad_nd
+reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d replication_pad3d
+unfold gather copy masked_fill
+"""
+_MOVES = frozenset(_MOVE_NAMES.split())
+_DROPPED_OUT = frozenset(["dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"])
+_AVERAGES = frozenset(["mean", "sum"])
+_NORM_NAMES = """
+batch_norm _native_batch_norm_legit_no_training layer_norm native_layer_norm group_norm native_group_norm
+instance_norm rms_norm
+"""
+_NORMS = frozenset(_NORM_NAMES.split())
+_POSITIVE = frozenset(["relu", "relu6", "sigmoid", "hardsigmoid", "softplus", "softmax", "exp", "square", "abs"])
 _registered: dict[str, str | Callable[[StepView, list[Any]], Given]] = {}
 _NAMED = ("pass", "gradient", "epsilon")
 
@@ -239,11 +242,9 @@ def nonnegative(program: Program) -> set[int]:
     for node in program.nodes:
         name = op_name(node.target) if node.kind not in LEAVES else ""
         reads = [ref for ref in node.refs() if (program.nodes[ref].dtype or torch.float32).is_floating_point]
-        if name in ("relu", "relu6", "sigmoid", "hardsigmoid", "softplus", "softmax", "exp", "square", "abs"):
-            found.add(node.index)
-        elif name in ("clamp", "clamp_min", "hardtanh") and len(node.args) > 1 and _at_least_zero(node.args[1]):
-            found.add(node.index)
-        elif _keeps_sign(node, name) and reads and all(ref in found for ref in reads):
+        clamped = name in ("clamp", "clamp_min", "hardtanh") and len(node.args) > 1 and _at_least_zero(node.args[1])
+        kept = _keeps_sign(node, name) and bool(reads) and all(ref in found for ref in reads)
+        if name in _POSITIVE or clamped or kept:
             found.add(node.index)
     return found
 
@@ -253,6 +254,8 @@ def _at_least_zero(bound: Any) -> bool:
 
 
 def _keeps_sign(node: Node, name: str) -> bool:
+    if name == "add" and node.kwargs:  # a factor
+        return False
     if name in ("add", "mul", "mean", "sum", "amax", "max", "constant_pad_nd", "pad") or name in _DROPPED_OUT:
         return not any(isinstance(a, (int, float)) and not isinstance(a, bool) and a < 0 for a in node.args)
     return node.kind in ("pool", "cat", "reshape") or (node.kind == "resize" and "bicubic" not in name)
