@@ -12,9 +12,7 @@ from fastcam.ops._plain import check_alike, register_plain, run
 __all__ = ["relevance_divide"]
 
 
-def relevance_divide(
-    relevance: Tensor, divisor: Tensor, factor: Tensor | None = None, epsilon: float = 1e-6
-) -> Tensor:
+def relevance_divide(relevance: Tensor, divisor: Tensor, factor: Tensor | None = None, epsilon: float = 1e-6) -> Tensor:
     """Relevance R at a layer's output, divided by the layer's (modified) output d: the message that goes back.
 
     Formula, elementwise: R f / st(d), st(d) = d + epsilon for d >= 0, d - epsilon for d < 0; 0 where st(d) = 0.

@@ -39,8 +39,8 @@ def relevance_split(
     Dtype and layout: float64, float32, float16 or bfloat16, all tensors alike, any strides; the result has their dtype
     and is channels_last where the relevance is (and not also contiguous), else contiguous. Arithmetic in float64 for
     float64, else float32.
-    Not differentiable. Errors: as `relevance_divide`, and ValueError for an unknown rule or numbers that are negative or
-    not finite.
+    Not differentiable. Errors: as `relevance_divide`, and ValueError for an unknown rule or numbers that are negative
+    or not finite.
     Cost: each tensor read once, the result written once. What does not lie in its memory order is copied.
     Source: Bach et al. 2015 (alpha-beta); Andeol et al. 2021 (gamma); Nam et al., arXiv 1904.00605 (RAP).
     """
@@ -79,9 +79,7 @@ def _fake(
     epsilon: float = 1e-6,
 ) -> Tensor:
     shape = (relevance.shape[0], 2 * relevance.shape[1], *relevance.shape[2:])
-    return torch.empty(
-        shape, dtype=relevance.dtype, device=relevance.device, memory_format=result_format(relevance)
-    )
+    return torch.empty(shape, dtype=relevance.dtype, device=relevance.device, memory_format=result_format(relevance))
 
 
 register_plain("relevance_split", references.relevance_split, _fake, _check)
