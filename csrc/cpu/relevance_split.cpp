@@ -55,12 +55,14 @@ void compute(const FlatArgs<S>& all, S* out, int64_t count, int64_t length) {
   at::parallel_for(0, count, at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t run_number = begin / length, offset = begin % length;
+      const int64_t whole = offset == 0 ? (end - begin) / length : 0;
       FlatArgs<S> args = all;
       for (auto& p : args.in) p = p == nullptr ? p : p + begin;
       args.out[0] = out + run_number * 2 * length + offset, args.out[1] = args.out[0] + length;
       args.count = std::min(length - offset, end - begin);
+      if (whole > 1) args.runs = whole, args.out_step = 2 * length;
       args.in[3] != nullptr ? run<Flat<Split<RULE, true>, S>>(args) : run<Flat<Split<RULE, false>, S>>(args);
-      begin += args.count;
+      begin += args.runs * args.count;
     }
   });
 }
