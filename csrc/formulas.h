@@ -174,6 +174,13 @@ FASTCAM_HD V relevance_quotient(V r, V d, V epsilon) {
   return moved == 0 ? V{} : found;
 }
 
+// r / d, 0 where d is 0.
+template <typename V>
+FASTCAM_HD V relevance_guarded(V r, V d) {
+  const V found = r / d;
+  return d == 0 ? V{} : found;
+}
+
 // The negative contributions z - p to an output z; 0 where rounding alone is left of the difference.
 template <typename V>
 FASTCAM_HD V relevance_negative(V z, V p, V noise) {
@@ -202,17 +209,19 @@ template <typename V>
 FASTCAM_HD void relevance_rap(V r, V z, V p, V, V, V, V noise, V& u, V& v) {
   const V n = relevance_negative(z, p, noise);
   const V positive = r <= 0 ? V{} : r, negative = r >= 0 ? V{} : r;
-  u = relevance_quotient(positive, p, V{});
-  v = relevance_quotient(negative, -n, V{}) + relevance_quotient(r, p - n, V{});
+  u = relevance_guarded(positive, p);
+  v = relevance_guarded(negative, -n) + relevance_guarded(r, p - n);
 }
 
-// Messages of Attribution Equilibrium: relevance times the reciprocals of its budgets, by each divisor.
+// Messages of Attribution Equilibrium: relevance by its budgets p and q, then by each divisor.
 template <typename V>
-FASTCAM_HD void relevance_equilibrium(V r, V zc, V za, V zb, V ratio, V over_p, V over_q, V& sc, V& sa, V& sb) {
-  const V positive = (r <= 0 ? V{} : r) * over_p, negative = (r >= 0 ? V{} : r) * over_q;
-  sc = relevance_quotient(ratio * positive + negative, zc, V{});
-  sa = relevance_quotient(positive, za, V{});
-  sb = relevance_quotient(negative, zb, V{});
+FASTCAM_HD void relevance_equilibrium(V r, V zc, V za, V zb, V ratio, V p, V q, V& sc, V& sa, V& sb) {
+  const V above = r <= 0 ? V{} : r, below = r >= 0 ? V{} : r;
+  // No reciprocals: that of a subnormal budget is infinite.
+  const V positive = relevance_guarded(above, p), negative = relevance_guarded(below, q);
+  sc = relevance_guarded(ratio * positive + negative, zc);
+  sa = relevance_guarded(positive, za);
+  sb = relevance_guarded(negative, zb);
 }
 
 // The shared part of Attribution Equilibrium's relevance at an input x, before the shift.

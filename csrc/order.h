@@ -5,17 +5,20 @@
 
 namespace fastcam {
 
-inline bool lies_as(const at::Tensor& x, const at::Tensor& out) {
+inline bool lies_as(const at::Tensor& x, at::IntArrayRef strides) {
   for (int64_t d = 0; d < x.dim(); ++d) {
-    if (x.size(d) > 1 && x.stride(d) != out.stride(d)) return false;
+    if (x.size(d) > 1 && x.stride(d) != strides[d]) return false;
   }
   return true;
 }
 
-// x in the order of `out`, which is dense and at least as large in every dimension; a copy only if it lies otherwise.
-inline at::Tensor in_order_of(const at::Tensor& out, const at::Tensor& x) {
-  return lies_as(x, out) ? x : at::empty_strided(x.sizes(), out.strides(), x.options()).copy_(x);
+// x with the given strides, which are dense for its sizes; a copy only if it lies otherwise.
+inline at::Tensor with_strides(at::IntArrayRef strides, const at::Tensor& x) {
+  return lies_as(x, strides) ? x : at::empty_strided(x.sizes(), strides, x.options()).copy_(x);
 }
+
+// x in the order of `out`, which is dense and at least as large in every dimension.
+inline at::Tensor in_order_of(const at::Tensor& out, const at::Tensor& x) { return with_strides(out.strides(), x); }
 
 // Element e of run i of `out` belongs to element e of run i of every tensor, and of the one run of a shared reference.
 struct Runs {

@@ -2,6 +2,9 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <c10/util/strides.h>
+
+#include <vector>
 
 #include "ops.h"
 #include "order.h"
@@ -39,18 +42,25 @@ inline bool images_in_sequence(const at::Tensor& x) {
   return x.is_non_overlapping_and_dense() && (x.size(0) < 2 || x.stride(0) * x.size(0) == x.numel());
 }
 
-// The strides of one image of x, where images lie in sequence, for any number of images.
-inline at::Tensor empty_images(const at::Tensor& like, int64_t count) {
-  auto sizes = like.sizes().vec();
-  auto strides = like.strides().vec();
-  sizes[0] = count, strides[0] = like.size(0) ? like.numel() / like.size(0) : 1;
-  return at::empty_strided(sizes, strides, like.options());
+// x, of any number of images, in the order of `out`, whose images lie in sequence.
+inline at::Tensor in_image_order_of(const at::Tensor& out, const at::Tensor& x) {
+  auto strides = out.strides().vec();
+  strides[0] = out.numel() / out.size(0);
+  return with_strides(strides, x);
 }
 
+// Of relevance_split's result, and its strides.
 inline at::MemoryFormat split_format(const at::Tensor& x) {
   const auto last = x.dim() == 5 ? at::MemoryFormat::ChannelsLast3d : at::MemoryFormat::ChannelsLast;
   const bool four = x.dim() == 4 || x.dim() == 5;
   return four && !x.is_contiguous() && x.is_contiguous(last) ? last : at::MemoryFormat::Contiguous;
+}
+
+inline std::vector<int64_t> split_strides(at::IntArrayRef sizes, at::MemoryFormat format) {
+  if (format == at::MemoryFormat::ChannelsLast) return c10::get_channels_last_strides_2d(sizes);
+  if (format == at::MemoryFormat::ChannelsLast3d) return c10::get_channels_last_strides_3d(sizes);
+  const auto strides = c10::contiguous_strides(sizes);
+  return {strides.begin(), strides.end()};
 }
 
 }  // namespace fastcam

@@ -113,51 +113,74 @@ FASTCAM_INLINE Vector<T, N> splat(T value) {
   return Vector<T, N>{} + value;
 }
 
+// Values of a half type, 16 bits each in 32, as floats.
+template <typename S, int N>
+FASTCAM_INLINE Vector<float, N> widen(Vector<uint32_t, N> bits) {
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    return reinterpret_cast<Vector<float, N>>(bits << 16);
+  } else {
+    // Exponent and mantissa move into place and 2^112 rebiases the exponent, exactly for subnormals too; infinities
+    // and NaNs get the full exponent. Plain integer code, so that no instruction set needs its own.
+    const auto magnitude = (bits & 0x7fffu) << 13;
+    const auto rebiased = reinterpret_cast<Vector<uint32_t, N>>(reinterpret_cast<Vector<float, N>>(magnitude) * 0x1p112f);
+    const auto special = reinterpret_cast<Vector<uint32_t, N>>(magnitude >= 0x0f800000u) & 0x7f800000u;
+    return reinterpret_cast<Vector<float, N>>(rebiased | special | ((bits & 0x8000u) << 16));
+  }
+}
+
+// Floats as a half type stores them, 16 bits each in 32: rounded to nearest, ties to even; NaN stays NaN.
+template <typename S, int N>
+FASTCAM_INLINE Vector<uint32_t, N> round_to(Vector<float, N> v) {
+  using U = Vector<uint32_t, N>;
+  using F = Vector<float, N>;
+  const U bits = reinterpret_cast<U>(v);
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return v == v ? rounded : U{} + 0x7fc0u;
+  } else {
+    // 4 |v|, infinite from |v| = 2^16 on, is rounded by adding it to the power of two whose last bit is worth the last one of
+    // |v| as a half, times 4; for all subnormal halves that is the least normal one's. Integer code again.
+    const U magnitude = bits & 0x7fffffffu;
+    const F scaled = reinterpret_cast<F>(magnitude) * 0x1p112f * 0x1p-110f;
+    const U doubled = magnitude + magnitude, exponent = doubled & 0xff000000u;
+    const U floored = exponent < 0x71000000u ? U{} + 0x71000000u : exponent;
+    const U sum = reinterpret_cast<U>(reinterpret_cast<F>((floored >> 1) + 0x07800000u) + scaled);
+    const U rounded = ((sum >> 13) & 0x7c00u) + (sum & 0x0fffu);
+    return ((bits >> 16) & 0x8000u) | (v == v ? rounded : U{} + 0x7e00u);
+  }
+}
+
 // N values from p in the accumulation type.
 template <int N, typename S>
 FASTCAM_INLINE Vector<Accumulate<S>, N> load(const S* p) {
   if constexpr (std::is_same_v<S, float> || std::is_same_v<S, double>) {
     return load_raw<S, N>(p);
   } else {
-    const auto bits = __builtin_convertvector(load_raw<uint16_t, N>(p), Vector<uint32_t, N>);
-    if constexpr (std::is_same_v<S, BFloat16>) {
-      return reinterpret_cast<Vector<float, N>>(bits << 16);
-    } else {
-      // Exponent and mantissa move into place and 2^112 rebiases the exponent, exactly for subnormals too; infinities
-      // and NaNs get the full exponent. Plain integer code, so that no instruction set needs its own.
-      const auto magnitude = (bits & 0x7fffu) << 13;
-      const auto rebiased = reinterpret_cast<Vector<uint32_t, N>>(reinterpret_cast<Vector<float, N>>(magnitude) * 0x1p112f);
-      const auto special = reinterpret_cast<Vector<uint32_t, N>>(magnitude >= 0x0f800000u) & 0x7f800000u;
-      return reinterpret_cast<Vector<float, N>>(rebiased | special | ((bits & 0x8000u) << 16));
-    }
+    return widen<S, N>(__builtin_convertvector(load_raw<uint16_t, N>(p), Vector<uint32_t, N>));
   }
 }
 
-// N values as S stores them: rounded to nearest, ties to even; NaN stays NaN. Vectors of bits for the two half types.
+// N values as S stores them. Vectors of bits for the two half types.
 template <typename S, int N>
 FASTCAM_INLINE auto narrow(Vector<Accumulate<S>, N> v) {
   if constexpr (std::is_same_v<S, float> || std::is_same_v<S, double>) {
     return v;
   } else {
-    using U = Vector<uint32_t, N>;
-    using F = Vector<float, N>;
-    const U bits = reinterpret_cast<U>(v), magnitude = bits & 0x7fffffffu;
-    U narrowed;
-    if constexpr (std::is_same_v<S, BFloat16>) {
-      const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-      narrowed = magnitude > 0x7f800000u ? U{} + 0x7fc0u : rounded;
-    } else {
-      // 4 |v|, infinite from |v| = 2^16 on, is rounded by adding it to the power of two whose last bit is worth the last one of
-      // |v| as a half, times 4; for all subnormal halves that is the least normal one's. Integer code again.
-      const F scaled = reinterpret_cast<F>(magnitude) * 0x1p112f * 0x1p-110f;
-      const U doubled = magnitude + magnitude, exponent = doubled & 0xff000000u;
-      const U floored = exponent < 0x71000000u ? U{} + 0x71000000u : exponent;
-      const U sum = reinterpret_cast<U>(reinterpret_cast<F>((floored >> 1) + 0x07800000u) + scaled);
-      const U rounded = ((sum >> 13) & 0x7c00u) + (sum & 0x0fffu);
-      narrowed = ((bits >> 16) & 0x8000u) | (magnitude > 0x7f800000u ? U{} + 0x7e00u : rounded);
-    }
-    return __builtin_convertvector(narrowed, Vector<uint16_t, N>);
+    return __builtin_convertvector(round_to<S, N>(v), Vector<uint16_t, N>);
   }
+}
+
+// 2 N values of a half type, every other one in a vector: where order does not matter, this needs no shuffles.
+template <int N, typename S>
+FASTCAM_INLINE void load_pairs(const S* p, Vector<float, N>& even, Vector<float, N>& odd) {
+  const auto both = reinterpret_cast<Vector<uint32_t, N>>(load_raw<uint16_t, 2 * N>(p));
+  even = widen<S, N>(both & 0xffffu), odd = widen<S, N>(both >> 16);
+}
+
+template <int N, typename S>
+FASTCAM_INLINE void store_pairs(S* p, Vector<float, N> even, Vector<float, N> odd) {
+  const auto both = round_to<S, N>(even) | (round_to<S, N>(odd) << 16);
+  store_raw<uint16_t, 2 * N>(p, reinterpret_cast<Vector<uint16_t, 2 * N>>(both));
 }
 
 // The first n of N values from p, zeros after them; reads nothing beyond.

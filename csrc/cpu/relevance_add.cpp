@@ -1,9 +1,10 @@
 // relevance_add on CPUs: flat ranges of the results, registration.
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include "cpu/flat.h"
-#include "cpu/layout.h"
+#include "cpu/result_memory.h"
 #include "formulas.h"
 #include "relevance.h"
 
@@ -45,9 +46,8 @@ std::tuple<Tensor, Tensor> relevance_add(const Tensor& relevance, const Tensor& 
   check_alike(op, "first", first, relevance);
   check_alike(op, "second", second, relevance);
   if (factor) check_alike(op, "factor", *factor, relevance);
-  const Tensor out[2] = {at::empty_like(relevance), at::empty_like(relevance)};
+  const Tensor out[2] = {empty_result_like(relevance), empty_result_like(relevance)};
   if (out[0].numel() == 0) return {out[0], out[1]};
-  for (const Tensor& x : out) advise_huge_pages(x.const_data_ptr(), x.nbytes());
   const Tensor in[4] = {in_order_of(out[0], relevance), in_order_of(out[0], first), in_order_of(out[0], second),
                         factor ? in_order_of(out[0], *factor) : Tensor()};
   switch (relevance.scalar_type()) {

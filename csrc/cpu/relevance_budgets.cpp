@@ -13,18 +13,20 @@ namespace {
 
 using at::Tensor;
 
+// Images are dense, each anywhere.
 template <typename S>
 void compute(const Tensor& relevance, const Tensor& out) {
   using A = Accumulate<S>;
   const int64_t batch = relevance.size(0), length = relevance.numel() / batch;
   const int64_t blocks = (length + kSumBlock - 1) / kSumBlock;
   const auto* values = static_cast<const S*>(relevance.const_data_ptr());
+  const int64_t stride = relevance.stride(0);
   std::vector<A> sums(2 * batch * blocks);
   at::parallel_for(0, batch * blocks, grain(kSumBlock), [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
       const int64_t start = at % blocks * kSumBlock;
       BudgetArgs<S> args;
-      args.values = values + at / blocks * length + start;
+      args.values = values + at / blocks * stride + start;
       args.count = std::min(kSumBlock, length - start);
       args.positive = &sums[2 * at], args.negative = &sums[2 * at + 1];
       run<Budget<S>>(args);
@@ -44,7 +46,8 @@ Tensor relevance_budgets(const Tensor& relevance) {
   const auto options = relevance.options().dtype(accumulation_dtype(relevance.scalar_type()));
   const Tensor out = at::zeros({relevance.size(0), 2}, options);
   if (relevance.numel() == 0) return out;
-  const Tensor r = images_in_sequence(relevance) ? relevance : relevance.contiguous();
+  // What an image alone looks like decides, so that its sums are those of a batch.
+  const Tensor r = relevance.select(0, 0).is_non_overlapping_and_dense() ? relevance : relevance.contiguous();
   switch (r.scalar_type()) {
     case at::kDouble: compute<double>(r, out); break;
     case at::kFloat: compute<float>(r, out); break;

@@ -7,6 +7,7 @@
 #include "cpu/flat.h"
 #include "cpu/layout.h"
 #include "cpu/relevance_sums.h"
+#include "cpu/result_memory.h"
 #include "relevance.h"
 
 namespace fastcam::cpu {
@@ -79,13 +80,11 @@ Tensor relevance_combine(const Tensor& inputs, const Tensor& parts, const Tensor
   check_relevance(op, "inputs", inputs);
   check_alike(op, "parts", parts, inputs, 3);
   check_budgets(op, budgets, inputs);
-  const Tensor result = at::empty_like(inputs);
+  const Tensor result = empty_result_like(inputs);
   if (result.numel() == 0) return result;
   const bool direct = images_in_sequence(result);
   const Tensor out = direct ? result : at::empty(inputs.sizes(), inputs.options());
-  advise_huge_pages(out.const_data_ptr(), out.nbytes());
-  const Tensor order = empty_images(out, parts.size(0));
-  const Tensor x = in_order_of(out, inputs), t = in_order_of(order, parts), b = budgets.contiguous();
+  const Tensor x = in_order_of(out, inputs), t = in_image_order_of(out, parts), b = budgets.contiguous();
   switch (x.scalar_type()) {
     case at::kDouble: compute<double>(x, t, b, out, shift, threshold); break;
     case at::kFloat: compute<float>(x, t, b, out, shift, threshold); break;

@@ -1,9 +1,10 @@
 // relevance_divide on CPUs: flat ranges of the result, registration.
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include "cpu/flat.h"
-#include "cpu/layout.h"
+#include "cpu/result_memory.h"
 #include "formulas.h"
 #include "relevance.h"
 
@@ -47,9 +48,8 @@ Tensor relevance_divide(const Tensor& relevance, const Tensor& divisor, const st
   check_relevance(op, "relevance", relevance);
   check_alike(op, "divisor", divisor, relevance);
   if (given) check_alike(op, "factor", *given, relevance);
-  const Tensor out = at::empty_like(relevance);
+  const Tensor out = empty_result_like(relevance);
   if (out.numel() == 0) return out;
-  advise_huge_pages(out.const_data_ptr(), out.nbytes());
   const Tensor r = in_order_of(out, relevance), d = in_order_of(out, divisor);
   const Tensor factor = given ? in_order_of(out, *given) : Tensor();
   switch (out.scalar_type()) {

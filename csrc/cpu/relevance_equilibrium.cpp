@@ -1,9 +1,10 @@
 // relevance_equilibrium on CPUs: ranges of images, registration.
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include "cpu/flat.h"
-#include "cpu/layout.h"
+#include "cpu/result_memory.h"
 #include "formulas.h"
 #include "relevance.h"
 
@@ -36,10 +37,7 @@ void compute(const Tensor& relevance, const Tensor& budgets, const Tensor& divis
       args.in[0] = r + begin;
       for (int j = 0; j < 3; ++j) args.in[1 + j] = z + j * count + begin, args.out[j] = result + j * count + begin;
       args.numbers[0] = static_cast<A>(ratio);
-      for (int j = 0; j < 2; ++j) {
-        const A total = totals[2 * image + j];
-        args.numbers[1 + j] = total == A(0) ? A(0) : A(1) / total;
-      }
+      args.numbers[1] = totals[2 * image], args.numbers[2] = totals[2 * image + 1];
       args.count = std::min((image + 1) * length, end) - begin;
       run<Flat<Equilibrium, S>>(args);
       begin += args.count;
@@ -52,13 +50,11 @@ Tensor relevance_equilibrium(const Tensor& relevance, const Tensor& budgets, con
   check_relevance(op, "relevance", relevance);
   check_budgets(op, budgets, relevance);
   check_alike(op, "divisors", divisors, relevance, 3);
-  const Tensor result = at::empty_like(divisors);
+  const Tensor result = empty_result_like(divisors);
   if (result.numel() == 0) return result;
   const bool direct = images_in_sequence(result);
   const Tensor out = direct ? result : at::empty(divisors.sizes(), divisors.options());
-  advise_huge_pages(out.const_data_ptr(), out.nbytes());
-  const Tensor order = empty_images(out, relevance.size(0));
-  const Tensor r = in_order_of(order, relevance), z = in_order_of(out, divisors), b = budgets.contiguous();
+  const Tensor r = in_image_order_of(out, relevance), z = in_order_of(out, divisors), b = budgets.contiguous();
   switch (r.scalar_type()) {
     case at::kDouble: compute<double>(r, b, z, out, ratio); break;
     case at::kFloat: compute<float>(r, b, z, out, ratio); break;

@@ -2,12 +2,14 @@
 //
 // A run is an image where the result is contiguous, a pixel where it is channels_last.
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <limits>
+#include <string_view>
 
 #include "cpu/flat.h"
-#include "cpu/layout.h"
+#include "cpu/result_memory.h"
 #include "formulas.h"
 #include "relevance.h"
 
@@ -53,12 +55,14 @@ void compute(const FlatArgs<S>& all, S* out, int64_t count, int64_t length) {
   at::parallel_for(0, count, at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t run_number = begin / length, offset = begin % length;
+      const int64_t whole = offset == 0 ? (end - begin) / length : 0;
       FlatArgs<S> args = all;
       for (auto& p : args.in) p = p == nullptr ? p : p + begin;
       args.out[0] = out + run_number * 2 * length + offset, args.out[1] = args.out[0] + length;
       args.count = std::min(length - offset, end - begin);
+      if (whole > 1) args.runs = whole, args.out_step = 2 * length;
       args.in[3] != nullptr ? run<Flat<Split<RULE, true>, S>>(args) : run<Flat<Split<RULE, false>, S>>(args);
-      begin += args.count;
+      begin += args.runs * args.count;
     }
   });
 }
@@ -87,7 +91,7 @@ void choose(const Tensor (&in)[4], const Tensor& out, std::string_view rule, dou
 }
 
 Tensor relevance_split(const Tensor& relevance, const Tensor& output, const Tensor& positive,
-                       const std::optional<Tensor>& factor, c10::string_view rule, double first, double second,
+                       const std::optional<Tensor>& factor, std::string_view rule, double first, double second,
                        double epsilon) {
   const char* op = "relevance_split";
   check_relevance(op, "relevance", relevance);
@@ -98,17 +102,15 @@ Tensor relevance_split(const Tensor& relevance, const Tensor& output, const Tens
   const auto format = split_format(relevance);
   auto sizes = relevance.sizes().vec();
   sizes[1] *= 2;
-  const Tensor out = at::empty(sizes, relevance.options(), format);
+  const Tensor out = empty_result(sizes, split_strides(sizes, format), relevance.scalar_type());
   if (out.numel() == 0) return out;
-  advise_huge_pages(out.const_data_ptr(), out.nbytes());
   const Tensor in[4] = {relevance.contiguous(format), output.contiguous(format), positive.contiguous(format),
                         factor ? factor->contiguous(format) : Tensor()};
-  const std::string_view name(rule.data(), rule.size());
   switch (relevance.scalar_type()) {
-    case at::kDouble: choose<double>(in, out, name, first, second, epsilon); break;
-    case at::kFloat: choose<float>(in, out, name, first, second, epsilon); break;
-    case at::kHalf: choose<Half>(in, out, name, first, second, epsilon); break;
-    case at::kBFloat16: choose<BFloat16>(in, out, name, first, second, epsilon); break;
+    case at::kDouble: choose<double>(in, out, rule, first, second, epsilon); break;
+    case at::kFloat: choose<float>(in, out, rule, first, second, epsilon); break;
+    case at::kHalf: choose<Half>(in, out, rule, first, second, epsilon); break;
+    case at::kBFloat16: choose<BFloat16>(in, out, rule, first, second, epsilon); break;
     default: TORCH_CHECK_TYPE(false, op, ": relevance is ", relevance.scalar_type());
   }
   return out;

@@ -9,6 +9,21 @@ namespace fastcam::cpu {
 // Elements of an image added up by one leaf: short enough for float32, long enough to be worth a call.
 constexpr int64_t kSumBlock = 8192;
 
+constexpr int kChains = 4;  // sums in turn: an addition takes several cycles
+
+// The next kChains N values, in whatever order is loaded fastest. Reading alone, a core has too few loads under way
+// without the prefetch: it makes float32 a tenth faster beyond the cache, bfloat16 half as fast again.
+template <int N, typename S>
+FASTCAM_INLINE void load_chains(const S* p, Vector<Accumulate<S>, N> (&x)[kChains]) {
+  constexpr int BYTES = kChains * N * static_cast<int>(sizeof(S)), AHEAD = 2048, LINE = 64;
+  for (int k = 0; k < BYTES; k += LINE) __builtin_prefetch(reinterpret_cast<const char*>(p) + AHEAD + k);
+  if constexpr (sizeof(S) == 2) {
+    for (int c = 0; c < kChains; c += 2) load_pairs<N>(p + c * N, x[c], x[c + 1]);
+  } else {
+    for (int c = 0; c < kChains; ++c) x[c] = load<N>(p + c * N);
+  }
+}
+
 template <typename S>
 struct BudgetArgs {
   const S* values;
@@ -21,12 +36,13 @@ template <typename S>
 struct Budget {
   template <int BYTES>
   static FASTCAM_INLINE void body(const BudgetArgs<S>& a) {
-    constexpr int N = kLanes<BYTES, S>, CHAINS = 4;
+    constexpr int N = kLanes<BYTES, S>;
     using V = Vector<Accumulate<S>, N>;
-    V positive[CHAINS] = {}, negative[CHAINS] = {};
+    V x[kChains], positive[kChains] = {}, negative[kChains] = {};
     int64_t i = 0;
-    for (; i + CHAINS * N <= a.count; i += CHAINS * N) {
-      for (int c = 0; c < CHAINS; ++c) add(load<N>(a.values + i + c * N), positive[c], negative[c]);
+    for (; i + kChains * N <= a.count; i += kChains * N) {
+      load_chains<N>(a.values + i, x);
+      for (int c = 0; c < kChains; ++c) add(x[c], positive[c], negative[c]);
     }
     for (; i + N <= a.count; i += N) add(load<N>(a.values + i), positive[0], negative[0]);
     if (i < a.count) add(load_first<N>(a.values + i, a.count - i), positive[0], negative[0]);
@@ -56,12 +72,16 @@ struct CountShared {
   static FASTCAM_INLINE void body(const CountArgs<S>& a) {
     constexpr int N = kLanes<BYTES, S>;
     using V = Vector<Accumulate<S>, N>;
-    V found = {};  // exact: a block is short
+    V x[kChains], shared[kChains], found[kChains] = {};  // exact: a block is short
     int64_t i = 0;
-    for (; i + N <= a.count; i += N) add(load<N>(a.inputs + i), load<N>(a.shared + i), found);
+    for (; i + kChains * N <= a.count; i += kChains * N) {
+      load_chains<N>(a.inputs + i, x), load_chains<N>(a.shared + i, shared);
+      for (int c = 0; c < kChains; ++c) add(x[c], shared[c], found[c]);
+    }
+    for (; i + N <= a.count; i += N) add(load<N>(a.inputs + i), load<N>(a.shared + i), found[0]);
     const int64_t n = a.count - i;
-    if (n > 0) add(load_first<N>(a.inputs + i, n), load_first<N>(a.shared + i, n), found);
-    *a.found = static_cast<int64_t>(horizontal_sum<N>(found));
+    if (n > 0) add(load_first<N>(a.inputs + i, n), load_first<N>(a.shared + i, n), found[0]);
+    *a.found = static_cast<int64_t>(horizontal_sum<N>(found[0] + found[1] + (found[2] + found[3])));
   }
 
   template <typename V>

@@ -1,9 +1,11 @@
 #include "cpu/result_memory.h"
 
 #include <ATen/EmptyTensor.h>
+#include <ATen/ExpandUtils.h>
 #include <ATen/native/TensorFactories.h>
 #include <c10/core/CPUAllocator.h>
 #include <c10/core/impl/alloc_cpu.h>
+#include <c10/util/strides.h>
 
 #include <cstdlib>
 #include <list>
@@ -131,16 +133,26 @@ bool poisoned() {
 }  // namespace
 
 at::Tensor empty_result(at::IntArrayRef shape, at::ScalarType dtype) {
-  const size_t size = c10::multiply_integers(shape) * c10::elementSize(dtype);
+  return empty_result(shape, c10::contiguous_strides(shape), dtype);
+}
+
+at::Tensor empty_result(at::IntArrayRef shape, at::IntArrayRef strides, at::ScalarType dtype) {
+  const size_t size = at::detail::computeStorageNbytes(shape, strides, c10::elementSize(dtype));
   if (size < kPooledResult || pool().limit() == 0) {
-    const at::Tensor result = at::empty(shape, dtype);
+    const at::Tensor result = at::empty_strided(shape, strides, dtype);
     advise_huge_pages(result.const_data_ptr(), result.nbytes());
     return result;
   }
   static auto* const allocator = new ResultAllocator;
-  at::Tensor result = at::detail::empty_generic(shape, allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), dtype, {});
+  const c10::DispatchKeySet keys(c10::DispatchKey::CPU);
+  at::Tensor result = at::detail::empty_strided_generic(shape, strides, allocator, keys, dtype);
   if (poisoned()) at::native::fill_empty_deterministic_(result);  // as at::empty does
   return result;
+}
+
+at::Tensor empty_result_like(const at::Tensor& x) {
+  if (x.is_non_overlapping_and_dense()) return empty_result(x.sizes(), x.strides(), x.scalar_type());
+  return empty_result(x.sizes(), at::infer_dense_strides(x.sizes(), x.strides()), x.scalar_type());
 }
 
 ResultPool result_pool() { return pool().report(); }

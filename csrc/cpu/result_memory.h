@@ -17,6 +17,10 @@ constexpr size_t kPooledResult = size_t{8} << 20;
 
 // at::empty on the CPU for a result of an op; pooled from kPooledResult bytes on. The tensor is an ordinary one.
 at::Tensor empty_result(at::IntArrayRef shape, at::ScalarType dtype);
+at::Tensor empty_result(at::IntArrayRef shape, at::IntArrayRef strides, at::ScalarType dtype);
+
+// The same for at::empty_like.
+at::Tensor empty_result_like(const at::Tensor& x);
 
 struct ResultPool {
   size_t limit = 0;  // bytes of idle blocks that may be kept: FASTCAM_RESULT_POOL, read once

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from fastcam import _extension
 
-__all__ = ["DTYPES", "LAYOUTS", "assert_rms", "make", "to_float64", "usable_backends"]
+__all__ = ["DTYPES", "LAYOUTS", "arranged", "assert_rms", "make", "to_float64", "usable_backends"]
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Largest RMS error over RMS value for 64 reduced elements, by accumulation dtype; grows with the square root.
@@ -63,6 +64,16 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "sliced batch": lambda x: _inside_nan(x, 0, 1, 1),
     "sliced channels_last": lambda x: _inside_nan(x.movedim(-3, -1), x.dim() - 1, 3, 2).movedim(-1, -3),
 }
+
+
+def arranged(x: Tensor, rng: random.Random) -> Tensor:
+    """x in another layout: dimensions in any memory order, or every second element of a larger tensor of NaN."""
+    if rng.random() < 0.3:
+        around = x.new_full([2 * n for n in x.shape], torch.nan)
+        inner = around[tuple(slice(rng.randint(0, 1), None, 2) for _ in x.shape)]
+        return inner.copy_(x)
+    order = rng.sample(range(x.dim()), x.dim())
+    return x.permute(order).contiguous().permute(sorted(range(x.dim()), key=order.__getitem__))
 
 
 def assert_rms(name: str, actual: Tensor, expected: np.ndarray, reduced: int, factor: float = 1.0) -> None:

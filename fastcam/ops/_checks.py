@@ -95,7 +95,7 @@ def check_finite(op: str, name: str, value: float) -> None:
     """A finite number."""
     if not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a finite float, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # unlike isfinite, a comparison can be traced
         raise ValueError(f"{op}: {name} must be a finite float, got {value}")
 
 

@@ -37,14 +37,17 @@ def register_plain(
 
 
 def check_alike(op: str, names: str, first: Tensor, *others: Tensor | None) -> None:
-    """Tensors (B,C,...) of one floating dtype, shape and device, none of which asks for a gradient."""
+    """Tensors (B,C,...) of one floating dtype, shape and device, none of which asks for a gradient.
+
+    Only a factor may be None.
+    """
     name, *rest = names.split()
     _checks.check_tensor(op, name, first)
     if first.dim() < 2:
         raise ValueError(f"{op}: {name} must be (B,C,...), got {first.dim()} dimensions: {tuple(first.shape)}")
     _checks.check_dtype(op, name, first)
     for other_name, other in zip(rest, others, strict=True):
-        if other is not None:
+        if other is not None or other_name != "factor":
             _checks.check_companion(op, other_name, other, first, or_accumulation=False, of=name)
             _checks.check_same_shape(op, other_name, other, first, of=name)
     _checks.check_no_grad(op, first, *others)

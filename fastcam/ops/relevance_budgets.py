@@ -17,10 +17,10 @@ def relevance_budgets(relevance: Tensor) -> Tensor:
     Formula: p = sum max(R, 0), q = sum max(-R, 0), over all but the first dimension.
     Shapes: relevance (B,C,...), any number of dimensions from two on, any of them may be 0. Returns (B,2): p, q.
     Dtype and layout: float64, float32, float16 or bfloat16, any strides; the result is contiguous, in the dtype sums
-    are formed in (float64 for float64, else float32). Deterministic: the order of additions depends on the shape and the
-    memory order alone, and an image's sums not on its batch.
-    Not differentiable. Errors: TypeError for a wrong type, layout or dtype, ValueError for a wrong shape, RuntimeError for an
-    input that requires grad.
+    are formed in (float64 for float64, else float32). Deterministic: the order of additions depends on an image's shape
+    and memory order alone, so its sums are those of any batch it is in.
+    Not differentiable. Errors: TypeError for a wrong type, layout or dtype, ValueError for a wrong shape, RuntimeError
+    for an input that requires grad.
     Cost: one read; two numbers an image written, the positive and the negative part never exist.
     Source: Nam & Lee 2024 (Attribution Equilibrium).
     """

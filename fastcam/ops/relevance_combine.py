@@ -25,11 +25,11 @@ def relevance_combine(
         or the image's positive budget is 0.
     Shapes: inputs (B,C,...), any number of dimensions from two on, any of them may be 0; parts (3B,C,...): tC of all
     images, then tA, then tB; budgets (B,2), of the relevance above. Returns (B,C,...).
-    Dtype and layout: float64, float32, float16 or bfloat16, inputs and parts alike, budgets in the accumulation dtype; any
-    strides. The result has the dtype and the strides of empty_like(inputs). Arithmetic in float64 for float64, else
+    Dtype and layout: float64, float32, float16 or bfloat16, inputs and parts alike, budgets in the accumulation dtype;
+    any strides. The result has the dtype and the strides of empty_like(inputs). Arithmetic in float64 for float64, else
     float32; n is an integer.
-    Not differentiable. Errors: TypeError for a wrong type, layout or dtype, ValueError for wrong shapes and a threshold that is
-    negative or not finite, RuntimeError for inputs that require grad.
+    Not differentiable. Errors: TypeError for a wrong type, layout or dtype, ValueError for wrong shapes and a threshold
+    that is negative or not finite, RuntimeError for inputs that require grad.
     Cost: inputs and tC read twice (once without `shift`), tA and tB once, the result written once.
     Source: Nam & Lee 2024 (Attribution Equilibrium), rules read in the authors' public code.
     """
@@ -40,7 +40,7 @@ def relevance_combine(
 def _check(inputs: Tensor, parts: Tensor, budgets: Tensor, shift: bool = True, threshold: float = 0.0) -> None:
     op = "relevance_combine"
     check_alike(op, "inputs", inputs)
-    check_thrice(op, "parts", parts, inputs)
+    check_thrice(op, "parts", parts, inputs, of="inputs")
     check_budgets(op, budgets, inputs)
     _checks.check_not_negative(op, "threshold", threshold)
 

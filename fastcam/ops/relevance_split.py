@@ -39,8 +39,8 @@ def relevance_split(
     Dtype and layout: float64, float32, float16 or bfloat16, all tensors alike, any strides; the result has their dtype
     and is channels_last where the relevance is (and not also contiguous), else contiguous. Arithmetic in float64 for
     float64, else float32.
-    Not differentiable. Errors: as `relevance_divide`, and ValueError for an unknown rule or numbers that are negative or
-    not finite.
+    Not differentiable. Errors: as `relevance_divide`, and ValueError for an unknown rule or numbers that are negative
+    or not finite.
     Cost: each tensor read once, the result written once. What does not lie in its memory order is copied.
     Source: Bach et al. 2015 (alpha-beta); Andeol et al. 2021 (gamma); Nam et al., arXiv 1904.00605 (RAP).
     """

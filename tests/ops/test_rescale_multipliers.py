@@ -13,7 +13,7 @@ from torch.nn.functional import leaky_relu
 
 import fastcam
 from fastcam import ops
-from fastcam._testing.ops import DTYPES, LAYOUTS, make, to_float64, usable_backends
+from fastcam._testing.ops import DTYPES, LAYOUTS, arranged, make, to_float64, usable_backends
 
 BACKENDS = usable_backends()
 SLOPES = (0.0, 0.01, 1.0, -0.5)
@@ -72,16 +72,6 @@ def test_layouts_and_dtypes(backend, batch, layout, dtype):
     inputs, reference = make(shape, dtype, 1, layout), make((batch, *shape[1:]), dtype, 2, layout)
     check(make(shape, dtype, 3, layout), inputs, reference, 0.01)
     check(make(shape, torch.promote_types(dtype, torch.float32), 3), inputs, reference)
-
-
-def arranged(x: torch.Tensor, rng: random.Random) -> torch.Tensor:
-    """x in another layout: dimensions in any memory order, or every second element of a larger tensor of NaN."""
-    if rng.random() < 0.3:
-        around = x.new_full([2 * n for n in x.shape], torch.nan)
-        inner = around[tuple(slice(rng.randint(0, 1), None, 2) for _ in x.shape)]
-        return inner.copy_(x)
-    order = rng.sample(range(x.dim()), x.dim())
-    return x.permute(order).contiguous().permute(sorted(range(x.dim()), key=order.__getitem__))
 
 
 SHAPES = [
