@@ -206,10 +206,11 @@ FASTCAM_HD void relevance_rap(V r, V z, V p, V, V, V, V noise, V& u, V& v) {
   v = relevance_quotient(negative, -n, V{}) + relevance_quotient(r, p - n, V{});
 }
 
-// Messages of Attribution Equilibrium: relevance times the reciprocals of its budgets, by each divisor.
+// Messages of Attribution Equilibrium: relevance over its budgets p and q (whose reciprocals may overflow), by each divisor.
 template <typename V>
-FASTCAM_HD void relevance_equilibrium(V r, V zc, V za, V zb, V ratio, V over_p, V over_q, V& sc, V& sa, V& sb) {
-  const V positive = (r <= 0 ? V{} : r) * over_p, negative = (r >= 0 ? V{} : r) * over_q;
+FASTCAM_HD void relevance_equilibrium(V r, V zc, V za, V zb, V ratio, V p, V q, V& sc, V& sa, V& sb) {
+  const V raised = r <= 0 ? V{} : r, lowered = r >= 0 ? V{} : r;
+  const V positive = relevance_quotient(raised, p, V{}), negative = relevance_quotient(lowered, q, V{});
   sc = relevance_quotient(ratio * positive + negative, zc, V{});
   sa = relevance_quotient(positive, za, V{});
   sb = relevance_quotient(negative, zb, V{});

@@ -36,10 +36,7 @@ void compute(const Tensor& relevance, const Tensor& budgets, const Tensor& divis
       args.in[0] = r + begin;
       for (int j = 0; j < 3; ++j) args.in[1 + j] = z + j * count + begin, args.out[j] = result + j * count + begin;
       args.numbers[0] = static_cast<A>(ratio);
-      for (int j = 0; j < 2; ++j) {
-        const A total = totals[2 * image + j];
-        args.numbers[1 + j] = total == A(0) ? A(0) : A(1) / total;
-      }
+      for (int j = 0; j < 2; ++j) args.numbers[1 + j] = totals[2 * image + j];
       args.count = std::min((image + 1) * length, end) - begin;
       run<Flat<Equilibrium, S>>(args);
       begin += args.count;

@@ -10,9 +10,7 @@ from fastcam._dtypes import accumulation_dtype
 __all__ = ["quotient", "relevance_divide", "scaled"]
 
 
-def relevance_divide(
-    relevance: Tensor, divisor: Tensor, factor: Tensor | None = None, epsilon: float = 1e-6
-) -> Tensor:
+def relevance_divide(relevance: Tensor, divisor: Tensor, factor: Tensor | None = None, epsilon: float = 1e-6) -> Tensor:
     """As empty_like(relevance); arguments as checked by the public function."""
     found = quotient(scaled(relevance, factor), divisor.to(accumulation_dtype(divisor.dtype)), epsilon)
     return torch.empty_like(relevance).copy_(found)
@@ -26,5 +24,5 @@ def scaled(relevance: Tensor, factor: Tensor | None) -> Tensor:
 
 def quotient(relevance: Tensor, divisor: Tensor, epsilon: float) -> Tensor:
     """relevance / (divisor moved away from zero by epsilon), 0 where even that is 0."""
-    moved = divisor + torch.where(divisor >= 0, epsilon, -epsilon).to(divisor.dtype)
+    moved = torch.where(divisor >= 0, divisor + epsilon, divisor - epsilon)
     return torch.where(moved == 0, 0.0, relevance / moved)

@@ -31,8 +31,8 @@ def relevance_split(
     if rule == "alpha_beta":
         u, v = first * quotient(r, p, epsilon), torch.where(n == 0, 0.0, -second * quotient(r, n, epsilon))
     elif rule == "gamma":
-        u = torch.where(z > 0, quotient(r, z + first * p, epsilon), 0.0)
-        v = torch.where(z < 0, quotient(r, z + first * n, epsilon), 0.0)
+        u = torch.where(z <= 0, 0.0, quotient(r, z + first * p, epsilon))  # NaN stays
+        v = torch.where(z >= 0, 0.0, quotient(r, z + first * n, epsilon))
     else:  # rap
         u = quotient(r.clamp(min=0), p, 0.0)
         v = quotient(r.clamp(max=0), -n, 0.0) + quotient(r, p - n, 0.0)
