@@ -9,6 +9,7 @@
 namespace fastcam::cuda {
 
 constexpr int kFlatThreads = 256;
+constexpr int kFlatBlocks = 4;  // of a multiprocessor at once: 64 registers, which every formula fits in
 
 // kInputs, kOutputs and kNumbers of a formula say how much of these arrays is used. The first kOwn of its numbers are each
 // run's own; they stay as in `numbers` where `own` is null.
@@ -42,7 +43,7 @@ __device__ __forceinline__ void flat_pack(const FlatArgs<T>& x, const Accumulate
 }
 
 template <typename FORMULA, typename T, int V>
-__global__ void __launch_bounds__(kFlatThreads) flat(const FlatArgs<T> x, int lanes_log2) {
+__global__ void __launch_bounds__(kFlatThreads, kFlatBlocks) flat(const FlatArgs<T> x, int lanes_log2) {
   const int64_t run = image_number() * (kFlatThreads >> lanes_log2) + (threadIdx.x >> lanes_log2);
   if (run >= x.runs) return;
   const int lane = int(threadIdx.x & ((1u << lanes_log2) - 1));
