@@ -120,7 +120,50 @@ def rescale_multipliers_calls():
             yield (g, u, u[:1], slope), {}
 
 
-LAUNCHED = ("_reduce", "_collect", "_write", "_finish", "_measure", "_multiply", "_rescale")
+def relevance_tensors():
+    """Long runs and short ones, as images and as pixels."""
+    for dtype, shape, last in itertools.product(DTYPES, ((4, 64, 28, 28), (4, 16, 3, 3)), (False, True)):
+        x = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
+        yield x, torch.cat([x, x, x]), torch.empty(shape[0], 2, dtype=acc(dtype))
+
+
+def relevance_divide_calls():
+    for x, _, _ in relevance_tensors():
+        yield (x, x), {}
+        yield (x, x, x, 0.0), {}
+
+
+def relevance_add_calls():
+    for x, _, _ in relevance_tensors():
+        yield (x, x, x), {}
+        yield (x, x, x, x, 0.0), {}
+
+
+def relevance_split_calls():
+    for (x, _, _), rule in itertools.product(relevance_tensors(), ("alpha_beta", "gamma", "rap")):
+        yield (x, x, x), {"rule": rule}
+        yield (x, x, x, x), {"rule": rule}
+
+
+def relevance_budgets_calls():
+    for x, _, _ in relevance_tensors():
+        yield (x,), {}
+
+
+def relevance_equilibrium_calls():
+    for x, thrice, budgets in relevance_tensors():
+        yield (x, budgets, thrice), {}
+
+
+def relevance_combine_calls():
+    for (x, thrice, budgets), shift in itertools.product(relevance_tensors(), (True, False)):
+        yield (x, thrice, budgets, shift), {}
+
+
+LAUNCHED = (
+    "_reduce", "_collect", "_write", "_finish", "_measure", "_multiply", "_rescale", "_divide", "_divide_among",
+    "_split", "_add_chunk", "_equilibrium", "_count", "_combine",
+)  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MODES = ("mean", "sum", "xgrad", "grad_cam_pp")
 CALLS = {
@@ -128,6 +171,12 @@ CALLS = {
     "channel_weights": channel_weights_calls,
     "mask_by_features": mask_by_features_calls,
     "rescale_multipliers": rescale_multipliers_calls,
+    "relevance_divide": relevance_divide_calls,
+    "relevance_add": relevance_add_calls,
+    "relevance_split": relevance_split_calls,
+    "relevance_budgets": relevance_budgets_calls,
+    "relevance_equilibrium": relevance_equilibrium_calls,
+    "relevance_combine": relevance_combine_calls,
 }
 
 

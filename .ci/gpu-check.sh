@@ -8,7 +8,7 @@
 #   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
 #       python -P -m pytest -q tests/gpu -k small
 # (without torch's caching allocator every tensor has its own bounds; also worth running: --tool racecheck, synccheck).
-# --slow: also the tests marked slow (12 GB of device memory).
+# --slow: also the tests marked slow (15 GB of device memory).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD

@@ -16,12 +16,12 @@ ENTRY = re.compile(
 
 
 def plain(names):
-    """Demangled kernel names without arguments, as far as c++filt is there."""
+    """Demangled names without arguments, as far as c++filt is there: of kernels, or of what a kernel is made for."""
     try:
         text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     except FileNotFoundError:
         return names
-    return [line.removeprefix("void ").split("(")[0].split("::")[-1].split("<")[0] for line in text.splitlines()]
+    return [re.split("[<,]", line.removeprefix("void ").split("(")[0].split("::")[-1])[0] for line in text.splitlines()]
 
 
 def main():

@@ -1,14 +1,15 @@
 """What every Triton launcher needs around its kernels: where it may run, how tensors lie in memory, result types."""
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 
 __all__ = [
-    "accumulation", "dense_images", "in_order_of", "is_channels_last", "next_power_of_2", "on_device", "runs",
-    "tile_offset", "triton_type",
+    "accumulation", "dense_images", "images_as", "in_order_of", "in_sequence", "is_channels_last", "memory_format",
+    "next_power_of_2", "on_device", "runs", "tile_offset", "triton_type",
 ]  # fmt: skip
 
 # Triton reads TRITON_INTERPRET when it decorates a kernel, so the answer is fixed for the life of this process.
@@ -58,6 +59,14 @@ def is_channels_last(images: torch.Tensor) -> bool:
     return not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
 
 
+def memory_format(x: torch.Tensor) -> torch.memory_format:
+    """channels_last (in two or three dimensions) where x is and is not contiguous too, else contiguous."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
+
+
 def dense_images(images: torch.Tensor, channels_last: bool | None = None) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """(N,K,H,W) images and their strides (image, channel, position), in elements.
 
@@ -94,7 +103,22 @@ def runs(out: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, int,
 
 def in_order_of(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """x in the memory order of the dense `out`, at least as large in every dimension; a copy if it lies otherwise."""
-    same = all(
-        size == 1 or ours == theirs for size, ours, theirs in zip(x.shape, x.stride(), out.stride(), strict=True)
-    )
-    return x if same else torch.empty_strided(x.shape, out.stride(), dtype=x.dtype, device=x.device).copy_(x)
+    return _with_strides(x, out.stride())
+
+
+def in_sequence(out: torch.Tensor) -> torch.Tensor:
+    """The non-empty dense `out` if its images lie one after the other in memory, else a contiguous stand-in."""
+    batch = out.shape[0]
+    if batch == 1 or out.stride(0) * batch == out.numel():
+        return out
+    return torch.empty_like(out, memory_format=torch.contiguous_format)
+
+
+def images_as(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Any number of images in sequence, each in the memory order of those of `out`; a copy if they lie otherwise."""
+    return _with_strides(x, (out.numel() // out.shape[0], *out.stride()[1:]))
+
+
+def _with_strides(x: torch.Tensor, strides: Sequence[int]) -> torch.Tensor:
+    same = all(size == 1 or ours == theirs for size, ours, theirs in zip(x.shape, x.stride(), strides, strict=True))
+    return x if same else torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)

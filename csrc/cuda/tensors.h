@@ -5,9 +5,33 @@
 
 #include <tuple>
 
+#include "cuda/common.cuh"
 #include "ops.h"
 
 namespace fastcam::cuda {
+
+// f, with a value of the type of x's elements.
+template <typename F>
+void by_element_type(const char* op, const at::Tensor& x, F f) {
+  switch (x.scalar_type()) {
+    case at::kDouble: return f(double());
+    case at::kFloat: return f(float());
+    case at::kHalf: return f(__half());
+    case at::kBFloat16: return f(__nv_bfloat16());
+    default: TORCH_CHECK_TYPE(false, op, ": dtype must be float64, float32, float16 or bfloat16, got ", x.scalar_type());
+  }
+}
+
+// Null for no tensor.
+template <typename T>
+const T* elements(const at::Tensor& x) {
+  return x.defined() ? static_cast<const T*>(x.const_data_ptr()) : nullptr;
+}
+
+template <typename T>
+T* fresh_elements(const at::Tensor& x) {
+  return x.defined() ? static_cast<T*>(x.mutable_data_ptr()) : nullptr;
+}
 
 // (B,K,H,W) or (B,T,K,H,W) as dense images in the given order; copies only what does not lie so.
 inline at::Tensor dense_images(const at::Tensor& x, bool channels_last) {

@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "LAYOUTS", "cam_map_oracle", "channel_weights_oracle", "check_cam_map", "check_channel_weights",
-    "check_mask_by_features", "check_rescale_multipliers", "features_like", "mask_by_features_oracle",
-    "rescale_multipliers_oracle",
+    "LAYOUTS", "RELEVANCE_CHECKS", "RULES", "cam_map_oracle", "channel_weights_oracle", "check_cam_map",
+    "check_channel_weights", "check_mask_by_features", "check_relevance_add", "check_relevance_budgets",
+    "check_relevance_combine", "check_relevance_divide", "check_relevance_equilibrium", "check_relevance_split",
+    "check_rescale_multipliers", "features_like", "mask_by_features_oracle", "relevance_arguments",
+    "relevance_combine_oracle", "relevance_equilibrium_oracle", "relevance_split_oracle", "rescale_multipliers_oracle",
 ]  # fmt: skip
 
 #: name -> function that returns the same values in another memory layout
@@ -214,6 +216,179 @@ def check_rescale_multipliers(got: Tensor, *arguments: Any) -> None:
     out = torch.finfo(got.dtype)
     error = error * torch.finfo(acc).eps + want.abs() * out.eps + out.smallest_normal * out.eps
     _within(got, want, error, "multipliers")
+
+
+RULES = ("alpha_beta", "gamma", "rap")
+
+
+def relevance_arguments(
+    op: str, shape: Sequence[int], dtype: torch.dtype, layout: str = "contiguous", device: str = "cpu", seed: int = 0
+) -> tuple[Tensor, ...]:
+    """The tensors of a relevance_* op without its factor, with exact zeros, cancellations, budgets of zero."""
+
+    def normal(number: int, times: int = 1) -> Tensor:
+        x = features_like((times * shape[0], *shape[1:]), dtype, 10 * seed + number)
+        x.view(-1)[number :: 7 + number] = 0
+        return x
+
+    r = normal(0)
+    budgets = r.double().abs().flatten(1).sum(1)[:, None] * torch.tensor([1.5, 0.25], dtype=torch.float64)
+    budgets = budgets.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    if len(r) > 1:
+        budgets[-1] = 0
+    p = normal(1).abs()
+    z = (p - normal(2).abs()).to(dtype)
+    z.view(-1)[3::11] = p.view(-1)[3::11] * (1 - 6 * torch.finfo(dtype).eps)  # no more than rounding below p
+    tensors: tuple[Tensor, ...] = {
+        "relevance_divide": lambda: (r, normal(1)),
+        "relevance_add": lambda: (r, normal(1), normal(2)),
+        "relevance_split": lambda: (r, z, p),
+        "relevance_budgets": lambda: (r,),
+        "relevance_equilibrium": lambda: (r, budgets, normal(1, 3)),
+        "relevance_combine": lambda: (r, normal(1, 3), budgets),
+    }[op]()
+    return tuple((x if x is budgets else LAYOUTS[layout](x)).to(device) for x in tensors)
+
+
+def _double(*tensors: Tensor | None) -> list[Tensor]:
+    return [torch.ones((), dtype=torch.float64) if x is None else x.cpu().double() for x in tensors]
+
+
+def _over(r: Tensor, d: Tensor, epsilon: float) -> Tensor:
+    """r over d, which epsilon moves away from zero on its own side; no divisor, no result."""
+    d = d + torch.copysign(torch.tensor(epsilon, dtype=torch.float64), torch.where(d == 0, 1.0, d))
+    return (r / d).masked_fill(d == 0, 0.0)
+
+
+def _worse(*summands: Tensor) -> Tensor:
+    """How much larger a relative error of the summands is in their sum."""
+    total = sum(summands).abs()
+    return torch.nan_to_num(sum(x.abs() for x in summands) / total, 1.0, 1.0).clamp(min=1.0)
+
+
+def relevance_split_oracle(
+    relevance: Tensor, output: Tensor, positive: Tensor, factor: Tensor | None = None, *, rule: str, first: float = 2.0,
+    second: float = 1.0, epsilon: float = 1e-6,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(messages, error in units of eps) in float64 on the CPU."""
+    r, z, p, f = _double(relevance, output, positive, factor)
+    r = r * f
+    n = (z - p).masked_fill(p - z <= 8 * torch.finfo(relevance.dtype).eps * p, 0.0)
+    if rule == "alpha_beta":
+        u, v = first * _over(r, p, epsilon), (-second * _over(r, n, epsilon)).masked_fill(n == 0, 0.0)
+        error_u, error_v = u.abs(), v.abs()
+    elif rule == "gamma":
+        u = _over(r, z + first * p, epsilon).masked_fill(z <= 0, 0.0)
+        v = _over(r, z + first * n, epsilon).masked_fill(z >= 0, 0.0)
+        error_u, error_v = u.abs() * _worse(z, first * p), v.abs() * _worse(z, first * n)
+    else:
+        own, shared = _over(torch.where(r >= 0, 0.0, r), n.abs(), 0.0), _over(r, p - n, 0.0)
+        u, v = _over(torch.where(r <= 0, 0.0, r), p, 0.0), own + shared
+        error_u, error_v = u.abs(), own.abs() + shared.abs() * _worse(p, n)
+    return torch.cat([u, v], 1), 8 * torch.cat([error_u, error_v], 1)
+
+
+def relevance_equilibrium_oracle(
+    relevance: Tensor, budgets: Tensor, divisors: Tensor, ratio: float = 2.0
+) -> tuple[Tensor, Tensor]:
+    """(messages, error in units of eps) in float64 on the CPU."""
+    r, totals, z = _double(relevance, budgets, divisors)
+    totals = totals.reshape(-1, 2, *(1,) * (r.dim() - 1))
+    positive = _over(torch.where(r <= 0, 0.0, r), totals[:, 0], 0.0)
+    negative = _over(torch.where(r >= 0, 0.0, r), totals[:, 1], 0.0)
+    want = _over(torch.cat([ratio * positive + negative, positive, negative]), z, 0.0)
+    return want, 8 * want.abs()
+
+
+def relevance_combine_oracle(
+    inputs: Tensor, parts: Tensor, budgets: Tensor, shift: bool = True, threshold: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(relevance, error in units of eps) in float64 on the CPU. No product of the tests underflows in float32."""
+    x, t, totals = _double(inputs, parts, budgets)
+    want, errors = torch.empty_like(x), torch.empty_like(x)
+    for b, image in enumerate(x):
+        shared, active, inactive = t[b], t[len(x) + b], t[2 * len(x) + b]
+        c = (image * shared).masked_fill(image <= 0, 0.0)
+        counted = (c != 0).double()
+        taken = 1 / max(int(counted.sum()), 1) if shift and totals[b, 0] > 0 else 0.0
+        added = torch.where(image > threshold, active, inactive)
+        want[b] = c - taken * counted + added
+        errors[b] = 8 * (c.abs() + taken * counted + added.abs())
+    return want, errors
+
+
+def check_relevance_divide(
+    got: Tensor, relevance: Tensor, divisor: Tensor, factor: Tensor | None = None, epsilon: float = 1e-6
+) -> None:
+    """Shape, dtype, layout, NaN and values for these arguments of the op."""
+    r, d, f = _double(relevance, divisor, factor)
+    want = _over(r * f, d, epsilon)
+    _check_relevance(got, relevance, want, 8 * want.abs(), "messages")
+
+
+def check_relevance_add(
+    got: Sequence[Tensor], relevance: Tensor, first: Tensor, second: Tensor, factor: Tensor | None = None,
+    epsilon: float = 1e-6,
+) -> None:  # fmt: skip
+    """Shapes, dtypes, layouts, NaN and values for these arguments of the op."""
+    r, a, b, f = _double(relevance, first, second, factor)
+    share = _over(r * f, a + b, epsilon)
+    assert len(got) == 2
+    for result, summand, name in zip(got, (a, b), ("first", "second"), strict=True):
+        _check_relevance(result, relevance, summand * share, 8 * (summand * share).abs(), name)
+
+
+def check_relevance_split(got: Tensor, *arguments: Any, **options: Any) -> None:
+    """Shape, dtype, layout, NaN and values for these arguments of the op."""
+    relevance = arguments[0]
+    want, error = relevance_split_oracle(*arguments, **options)
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(relevance.dim(), torch.contiguous_format)
+    if relevance.is_contiguous() or not relevance.is_contiguous(memory_format=last):
+        last = torch.contiguous_format
+    like = torch.empty(want.shape, dtype=relevance.dtype, memory_format=last)
+    _check_relevance(got, like, want, error, "messages")
+
+
+def check_relevance_budgets(got: Tensor, relevance: Tensor) -> None:
+    """Shape, dtype, layout, NaN and values for this argument of the op."""
+    (r,) = _double(relevance)
+    want = torch.stack([torch.maximum(x, torch.zeros_like(x)).flatten(1).sum(1) for x in (r, -r)], 1)
+    acc = torch.float64 if relevance.dtype == torch.float64 else torch.float32
+    assert (got.dtype, got.shape) == (acc, want.shape)
+    assert got.is_contiguous()
+    _within(got, want, 8 * want * torch.finfo(acc).eps, "budgets")
+
+
+def check_relevance_equilibrium(got: Tensor, *arguments: Any) -> None:
+    """Shape, dtype, layout, NaN and values for these arguments of the op."""
+    _check_relevance(got, arguments[2], *relevance_equilibrium_oracle(*arguments), "messages")
+
+
+def check_relevance_combine(got: Tensor, *arguments: Any) -> None:
+    """Shape, dtype, layout, NaN and values for these arguments of the op."""
+    _check_relevance(got, arguments[0], *relevance_combine_oracle(*arguments), "relevance")
+
+
+def _check_relevance(got: Tensor, like: Tensor, want: Tensor, error: Tensor, name: str) -> None:
+    """As empty_like(like), `want` to an error in units of eps and one rounding to the result's type."""
+    assert (got.dtype, got.shape) == (like.dtype, like.shape)
+    assert got.stride() == torch.empty_like(like).stride()
+    acc = torch.float64 if like.dtype == torch.float64 else torch.float32
+    out = torch.finfo(got.dtype)
+    error = error * torch.finfo(acc).eps + want.abs() * out.eps + out.smallest_normal * out.eps
+    beyond = want.abs() >= out.max * (1 + out.eps / 4)
+    _within(got, torch.where(beyond, torch.copysign(torch.tensor(torch.inf).double(), want), want), error, name)
+
+
+#: op -> what checks its results
+RELEVANCE_CHECKS: dict[str, Callable[..., None]] = {
+    "relevance_divide": check_relevance_divide,
+    "relevance_add": check_relevance_add,
+    "relevance_split": check_relevance_split,
+    "relevance_budgets": check_relevance_budgets,
+    "relevance_equilibrium": check_relevance_equilibrium,
+    "relevance_combine": check_relevance_combine,
+}
 
 
 def _within(got: Tensor, want: Tensor, error: Tensor, name: str) -> None:

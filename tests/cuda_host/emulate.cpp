@@ -2,6 +2,12 @@
 #include "cuda/cam_map.cuh"
 #include "cuda/channel_weights.cuh"
 #include "cuda/mask_by_features.cuh"
+#include "cuda/relevance_add.cuh"
+#include "cuda/relevance_budgets.cuh"
+#include "cuda/relevance_combine.cuh"
+#include "cuda/relevance_divide.cuh"
+#include "cuda/relevance_equilibrium.cuh"
+#include "cuda/relevance_split.cuh"
 #include "cuda/rescale_multipliers.cuh"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -89,6 +95,57 @@ int rescale_multipliers(bool wide, const void* multipliers, const void* inputs, 
               : rescale_multipliers<T, T>(multipliers, inputs, reference, out, runs, length, negative_slope);
 }
 
+template <typename T>
+int relevance_divide(const void* const* in, void* out, int64_t count, double epsilon) {
+  const auto* x = reinterpret_cast<const T* const*>(in);
+  return run_relevance_divide(x[0], x[1], x[2], static_cast<T*>(out), count, epsilon, nullptr);
+}
+
+template <typename T>
+int relevance_add(const void* const* in, void* out, void* other, int64_t count, double epsilon) {
+  const auto* x = reinterpret_cast<const T* const*>(in);
+  return run_relevance_add(x[0], x[1], x[2], x[3], static_cast<T*>(out), static_cast<T*>(other), count, epsilon, nullptr);
+}
+
+template <typename T>
+int relevance_split(const void* const* in, void* out, const int64_t* sizes, int rule, const double* numbers) {
+  const auto* given = reinterpret_cast<const T* const*>(in);
+  SplitArgs<T> x = {};
+  x.relevance = given[0], x.output = given[1], x.positive = given[2], x.factor = given[3];
+  x.out = static_cast<T*>(out), x.runs = sizes[0], x.length = sizes[1];
+  x.first = numbers[0], x.second = numbers[1], x.epsilon = numbers[2];
+  return run_relevance_split(x, Rule(rule), nullptr);
+}
+
+template <typename T>
+int relevance_budgets(const void* relevance, void* out, const int64_t* sizes) {
+  using A = Accumulate<T>;
+  auto scratch = poisoned<A>(scratch_of_budgets(sizes[0], sizes[1]));
+  return run_relevance_budgets(static_cast<const T*>(relevance), static_cast<A*>(out), scratch.data(), sizes[0], sizes[1],
+                               nullptr);
+}
+
+template <typename T>
+int relevance_equilibrium(const void* relevance, const void* budgets, const void* divisors, void* out,
+                          const int64_t* sizes, double ratio) {
+  return run_relevance_equilibrium(static_cast<const T*>(relevance), static_cast<const Accumulate<T>*>(budgets),
+                                   static_cast<const T*>(divisors), static_cast<T*>(out), sizes[0], sizes[1], ratio, nullptr);
+}
+
+template <typename T>
+int relevance_combine(const void* inputs, const void* parts, const void* budgets, void* out, const int64_t* sizes,
+                      bool shift, double threshold) {
+  using A = Accumulate<T>;
+  CombineArgs<T> x = {};
+  x.inputs = static_cast<const T*>(inputs), x.parts = static_cast<const T*>(parts);
+  x.budgets = static_cast<const A*>(budgets), x.out = static_cast<T*>(out);
+  x.batch = sizes[0], x.length = sizes[1], x.threshold = threshold;
+  std::vector<int> counts(size_t(x.batch * sum_chunks_of(x.length)), 1 << 20);
+  auto units = poisoned<A>(x.batch);
+  if (shift) x.counts = counts.data(), x.units = units.data();
+  return run_relevance_combine(x, nullptr);
+}
+
 }  // namespace
 
 // dtype: 0 float64, 1 float32, 2 float16, 3 bfloat16.
@@ -120,6 +177,34 @@ EXPORT int emulate_rescale_multipliers(int dtype, bool wide, const void* multipl
                                        const void* reference, void* out, int64_t runs, int64_t length,
                                        double negative_slope) {
   BY_DTYPE(rescale_multipliers, wide, multipliers, inputs, reference, out, runs, length, negative_slope)
+}
+
+// `in`: tensors in the order of the op's arguments, null for no factor. `sizes`: runs (or images) and their length.
+EXPORT int emulate_relevance_divide(int dtype, const void* const* in, void* out, int64_t count, double epsilon) {
+  BY_DTYPE(relevance_divide, in, out, count, epsilon)
+}
+
+EXPORT int emulate_relevance_add(int dtype, const void* const* in, void* out, void* other, int64_t count, double epsilon) {
+  BY_DTYPE(relevance_add, in, out, other, count, epsilon)
+}
+
+EXPORT int emulate_relevance_split(int dtype, const void* const* in, void* out, const int64_t* sizes, int rule,
+                                   const double* numbers) {
+  BY_DTYPE(relevance_split, in, out, sizes, rule, numbers)
+}
+
+EXPORT int emulate_relevance_budgets(int dtype, const void* relevance, void* out, const int64_t* sizes) {
+  BY_DTYPE(relevance_budgets, relevance, out, sizes)
+}
+
+EXPORT int emulate_relevance_equilibrium(int dtype, const void* relevance, const void* budgets, const void* divisors,
+                                         void* out, const int64_t* sizes, double ratio) {
+  BY_DTYPE(relevance_equilibrium, relevance, budgets, divisors, out, sizes, ratio)
+}
+
+EXPORT int emulate_relevance_combine(int dtype, const void* inputs, const void* parts, const void* budgets, void* out,
+                                     const int64_t* sizes, bool shift, double threshold) {
+  BY_DTYPE(relevance_combine, inputs, parts, budgets, out, sizes, shift, threshold)
 }
 
 // The shared arithmetic by itself.

@@ -14,11 +14,14 @@ import torch
 
 from fastcam._testing.kernel_cases import (
     LAYOUTS,
+    RELEVANCE_CHECKS,
+    RULES,
     check_cam_map,
     check_channel_weights,
     check_mask_by_features,
     check_rescale_multipliers,
     features_like,
+    relevance_arguments,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -121,6 +124,78 @@ def rescale_multipliers(kernels, multipliers, inputs, reference, negative_slope=
         DTYPES[inputs.dtype], multipliers.dtype != inputs.dtype, pointer(multipliers), pointer(inputs),
         pointer(reference), pointer(out), ctypes.c_int64(runs), ctypes.c_int64(inputs.numel() // max(runs, 1)),
         ctypes.c_double(negative_slope),
+    )  # fmt: skip
+    assert status == 0
+    return out
+
+
+def pointers(*tensors):
+    return (ctypes.c_void_p * len(tensors))(*(None if x is None else x.data_ptr() for x in tensors))
+
+
+def relevance_divide(kernels, relevance, divisor, factor=None, epsilon=1e-6):
+    """These are for dense tensors of one memory order."""
+    out = torch.full_like(relevance, torch.nan)
+    status = kernels.emulate_relevance_divide(
+        DTYPES[out.dtype], pointers(relevance, divisor, factor), pointer(out), ctypes.c_int64(out.numel()),
+        ctypes.c_double(epsilon),
+    )  # fmt: skip
+    assert status == 0
+    return out
+
+
+def relevance_add(kernels, relevance, first, second, factor=None, epsilon=1e-6):
+    out, other = torch.full_like(relevance, torch.nan), torch.full_like(relevance, torch.nan)
+    status = kernels.emulate_relevance_add(
+        DTYPES[out.dtype], pointers(relevance, first, second, factor), pointer(out), pointer(other),
+        ctypes.c_int64(out.numel()), ctypes.c_double(epsilon),
+    )  # fmt: skip
+    assert status == 0
+    return out, other
+
+
+def relevance_split(kernels, relevance, output, positive, factor=None, *, rule, first=2.0, second=1.0, epsilon=1e-6):
+    batch, channels, *spatial = relevance.shape
+    last = not relevance.is_contiguous()
+    layout = torch.channels_last if last else torch.contiguous_format
+    out = torch.empty((batch, 2 * channels, *spatial), dtype=relevance.dtype, memory_format=layout).fill_(torch.nan)
+    runs = relevance.numel() // channels if last else batch
+    status = kernels.emulate_relevance_split(
+        DTYPES[out.dtype], pointers(relevance, output, positive, factor), pointer(out),
+        ints(ctypes.c_int64, runs, relevance.numel() // max(runs, 1)), RULES.index(rule),
+        ints(ctypes.c_double, first, second, epsilon),
+    )  # fmt: skip
+    assert status == 0
+    return out
+
+
+def images(x):
+    return ints(ctypes.c_int64, x.shape[0], x.numel() // max(x.shape[0], 1))
+
+
+def relevance_budgets(kernels, relevance):
+    acc = torch.float64 if relevance.dtype == torch.float64 else torch.float32
+    out = torch.full((relevance.shape[0], 2), torch.nan, dtype=acc)
+    dtype = DTYPES[relevance.dtype]
+    assert kernels.emulate_relevance_budgets(dtype, pointer(relevance), pointer(out), images(relevance)) == 0
+    return out
+
+
+def relevance_equilibrium(kernels, relevance, budgets, divisors, ratio=2.0):
+    out = torch.full_like(divisors, torch.nan)
+    status = kernels.emulate_relevance_equilibrium(
+        DTYPES[out.dtype], pointer(relevance), pointer(budgets), pointer(divisors), pointer(out), images(relevance),
+        ctypes.c_double(ratio),
+    )  # fmt: skip
+    assert status == 0
+    return out
+
+
+def relevance_combine(kernels, inputs, parts, budgets, shift=True, threshold=0.0):
+    out = torch.full_like(inputs, torch.nan)
+    status = kernels.emulate_relevance_combine(
+        DTYPES[out.dtype], pointer(inputs), pointer(parts), pointer(budgets), pointer(out), images(inputs), shift,
+        ctypes.c_double(threshold),
     )  # fmt: skip
     assert status == 0
     return out
@@ -307,6 +382,110 @@ def test_rescale_multipliers_of_odd_values(kernels, slope, dtype):
     inputs, reference = (x.contiguous() for x in torch.broadcast_tensors(odd[:, None], odd[None]))
     arguments = torch.full_like(inputs, 3.0), inputs, reference, slope
     check_rescale_multipliers(rescale_multipliers(kernels, *arguments), *arguments)
+
+
+RELEVANCE = {
+    "relevance_divide": relevance_divide,
+    "relevance_add": relevance_add,
+    "relevance_split": relevance_split,
+    "relevance_budgets": relevance_budgets,
+    "relevance_equilibrium": relevance_equilibrium,
+    "relevance_combine": relevance_combine,
+}
+ELEMENTWISE = ("relevance_divide", "relevance_add", "relevance_split")
+# Whole packs, partial ones, runs that begin between packs, several runs a block, several blocks a run, several chunks.
+RELEVANCE_SHAPES = [(2, 8, 4, 4), (3, 5, 7, 7), (2, 3001), (70, 10), (1, 1), (2, 3, 54, 53), (2, 40, 2, 3), (1, 8195)]
+
+
+def relevance_options(op):
+    return [{"rule": rule} for rule in RULES] if op == "relevance_split" else [{}]
+
+
+def check_relevance(kernels, op, *arguments, **options):
+    RELEVANCE_CHECKS[op](RELEVANCE[op](kernels, *arguments, **options), *arguments, **options)
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize("shape", RELEVANCE_SHAPES, ids=str)
+@pytest.mark.parametrize("op", RELEVANCE)
+def test_relevance(kernels, op, shape, dtype):
+    for options in relevance_options(op):
+        tensors = relevance_arguments(op, shape, dtype)
+        check_relevance(kernels, op, *tensors, **options)
+        if op in ELEMENTWISE:
+            check_relevance(kernels, op, *tensors, features_like(shape, dtype, 9), **options)
+        if op == "relevance_split" and len(shape) == 4:
+            last = (x.contiguous(memory_format=torch.channels_last) for x in tensors)
+            check_relevance(kernels, op, *last, **options)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.25])
+def test_relevance_with_other_numbers(kernels, epsilon):
+    tensors = {op: relevance_arguments(op, (2, 300), torch.float32) for op in RELEVANCE}
+    for op in ("relevance_divide", "relevance_add"):
+        check_relevance(kernels, op, *tensors[op], None, epsilon)
+    for rule in RULES:
+        numbers = {"rule": rule, "first": 0.25, "second": 0.1, "epsilon": epsilon}
+        check_relevance(kernels, "relevance_split", *tensors["relevance_split"], **numbers)
+    check_relevance(kernels, "relevance_equilibrium", *tensors["relevance_equilibrium"], 0.3)
+    check_relevance(kernels, "relevance_combine", *tensors["relevance_combine"], epsilon > 0, 0.1)
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+def test_relevance_of_odd_values(kernels, dtype):
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1.0, -0.5], dtype=dtype)
+    x, y = (v.contiguous() for v in torch.broadcast_tensors(odd[:, None], odd[None]))
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    budgets = features_like((7, 2), acc).abs()
+    budgets[0], budgets[1] = 0, torch.nan
+    thrice = torch.cat([y, y, y])
+    for epsilon in (0.0, 0.5):
+        check_relevance(kernels, "relevance_divide", x, y, None, epsilon)
+        check_relevance(kernels, "relevance_add", x, y, y.flip(1), None, epsilon)
+        for rule in RULES:
+            tensors = torch.broadcast_tensors(odd[:, None, None], odd[:, None], odd.abs())
+            check_relevance(kernels, "relevance_split", *(v.contiguous() for v in tensors), rule=rule, epsilon=epsilon)
+    check_relevance(kernels, "relevance_budgets", x)
+    check_relevance(kernels, "relevance_equilibrium", x, budgets, thrice)
+    for shift in (False, True):
+        check_relevance(kernels, "relevance_combine", x, thrice, budgets, shift, 0.5)
+
+
+def test_relevance_equilibrium_of_an_image_all_but_gone(kernels):
+    """The reciprocals of its budgets would be infinite."""
+    small = torch.tensor([[1e-40, 0.0, -2e-40, 3e-41]])
+    check_relevance(kernels, "relevance_equilibrium", small, torch.tensor([[1.3e-40, 2e-40]]), torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_relevance_combine_with_nothing_to_take_away(kernels, shift):
+    x, parts, budgets = relevance_arguments("relevance_combine", (4, 40), torch.float32)
+    x[0] = -x[0].abs()
+    parts[1] = 0
+    budgets[2, 0] = 0
+    check_relevance(kernels, "relevance_combine", x, parts, budgets, shift)
+
+
+@pytest.mark.parametrize("offset", [1, 2])
+@pytest.mark.parametrize("op", RELEVANCE)
+def test_relevance_off_the_pack_alignment(kernels, op, offset):
+    aligned = relevance_arguments(op, (2, 120), torch.float32)
+    tensors = [torch.cat([x.new_zeros(offset), x.flatten()])[offset:].view(x.shape) for x in aligned]
+    check_relevance(kernels, op, *tensors, **relevance_options(op)[0])
+
+
+@pytest.mark.parametrize("length", [8192 + 700, 8192 + 701])
+def test_relevance_budgets_are_bit_equal_in_any_batch(kernels, length):
+    r = features_like((3, length), torch.float32)
+    together = relevance_budgets(kernels, r)
+    for image in range(3):
+        assert torch.equal(together[image : image + 1], relevance_budgets(kernels, r[image : image + 1]))
+
+
+@pytest.mark.slow
+def test_relevance_of_more_runs_than_a_grid_is_high(kernels):
+    tensors = relevance_arguments("relevance_split", (65537, 129), torch.float32)  # a block takes one such run
+    check_relevance(kernels, "relevance_split", *tensors, rule="rap")
 
 
 @pytest.mark.parametrize(("inner", "outer"), [(7, 224), (7, 20), (14, 5), (31, 31), (224, 7), (1, 9), (9, 1), (97, 61)])

@@ -9,11 +9,14 @@ import torch
 import fastcam
 from fastcam._testing.kernel_cases import (
     LAYOUTS,
+    RELEVANCE_CHECKS,
+    RULES,
     check_cam_map,
     check_channel_weights,
     check_mask_by_features,
     check_rescale_multipliers,
     features_like,
+    relevance_arguments,
 )
 
 if not torch.cuda.is_available():
@@ -230,6 +233,77 @@ def test_small_rescale_multipliers_of_odd_values(implementation):
     check_rescale_multipliers(fastcam.ops.rescale_multipliers(*arguments), *arguments)
 
 
+def check_relevance(op, *arguments, **options):
+    RELEVANCE_CHECKS[op](getattr(fastcam.ops, op)(*arguments, **options), *arguments, **options)
+
+
+def relevance_options(op):
+    return [{"rule": rule} for rule in RULES] if op == "relevance_split" else [{}]
+
+
+ELEMENTWISE = ("relevance_divide", "relevance_add", "relevance_split")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", RELEVANCE_CHECKS)
+def test_small_relevance_layouts_and_dtypes(implementation, op, layout, dtype):
+    shape = (3, 65, 7, 7)
+    for options in relevance_options(op):
+        tensors = relevance_arguments(op, shape, dtype, layout, device="cuda")
+        check_relevance(op, *tensors, **options)
+        if op in ELEMENTWISE:
+            check_relevance(op, *tensors, values(shape, dtype, 9), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", NATIVE)
+@pytest.mark.parametrize("op", RELEVANCE_CHECKS)
+def test_relevance(implementation, op, layout, dtype):
+    for shape in SHAPES:
+        for options in relevance_options(op):
+            check_relevance(op, *relevance_arguments(op, shape, dtype, layout, device="cuda"), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(64, 10), (2, 197, 768), (1, 3, 5, 6, 7), (70000, 30), (1, 8192 * 300 + 5)], ids=str)
+@pytest.mark.parametrize("op", RELEVANCE_CHECKS)
+def test_relevance_of_other_than_images(implementation, op, shape, dtype):
+    for options in relevance_options(op):
+        check_relevance(op, *relevance_arguments(op, shape, dtype, device="cuda"), **options)
+
+
+def test_small_relevance_of_odd_values(implementation):
+    odd = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, -0.0, 1.0, -0.5], device="cuda")
+    x, y = odd[:, None].expand(7, 7), odd[None].expand(7, 7)
+    budgets = values((7, 2)).abs()
+    budgets[0], budgets[1] = 0, torch.nan
+    for epsilon in (0.0, 0.5):
+        check_relevance("relevance_divide", x, y, None, epsilon)
+        check_relevance("relevance_add", x, y, y.flip(1), None, epsilon)
+        for rule in RULES:
+            tensors = torch.broadcast_tensors(odd[:, None, None], odd[:, None], odd.abs())
+            check_relevance("relevance_split", *tensors, rule=rule, epsilon=epsilon)
+    check_relevance("relevance_budgets", x)
+    check_relevance("relevance_equilibrium", x, budgets, torch.cat([y, y, y]))
+    for shift in (False, True):
+        check_relevance("relevance_combine", x, torch.cat([y, y, y]), budgets, shift, 0.5)
+
+
+@pytest.mark.parametrize("shape", [(8, 512, 28, 28), (3, 100001)], ids=str)
+def test_relevance_has_the_same_bits_fifty_times_and_in_any_batch(implementation, shape):
+    r = values(shape, seed=1)
+    x, parts, budgets = relevance_arguments("relevance_combine", shape, torch.float32, device="cuda")
+    totals, combined = fastcam.ops.relevance_budgets(r), fastcam.ops.relevance_combine(x, parts, budgets)
+    for _ in range(50):
+        assert torch.equal(totals, fastcam.ops.relevance_budgets(r))
+        assert torch.equal(combined, fastcam.ops.relevance_combine(x, parts, budgets))
+    one = slice(1, 2)
+    assert torch.equal(totals[one], fastcam.ops.relevance_budgets(r[one]))
+    alone = fastcam.ops.relevance_combine(x[one], parts[1 :: len(x)], budgets[one])
+    assert torch.equal(combined[one], alone)
+
+
 def test_small_empty_batch(implementation):
     maps, raw, finite = cam_map(values((0, 4, 7, 7)), values((0, 3, 4)), size=(9, 8))
     assert (maps.shape, raw.shape, finite.shape) == ((0, 3, 9, 8), (0, 3, 7, 7), (0, 3))
@@ -239,6 +313,17 @@ def test_small_empty_batch(implementation):
     for shape in ((0, 4, 7, 7), (2, 0, 3)):
         empty = values(shape)
         assert fastcam.ops.rescale_multipliers(empty, empty, values((1, *shape[1:]))).shape == shape
+        thrice, budgets = values((3 * shape[0], *shape[1:])), values((shape[0], 2))
+        assert fastcam.ops.relevance_divide(empty, empty).shape == shape
+        assert fastcam.ops.relevance_add(empty, empty, empty)[1].shape == shape
+        assert fastcam.ops.relevance_split(empty, empty, empty, rule="rap").shape == (
+            shape[0],
+            2 * shape[1],
+            *shape[2:],
+        )
+        assert torch.equal(fastcam.ops.relevance_budgets(empty), torch.zeros(shape[0], 2, device="cuda"))
+        assert fastcam.ops.relevance_equilibrium(empty, budgets, thrice).shape == thrice.shape
+        assert fastcam.ops.relevance_combine(empty, thrice, budgets).shape == shape
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -257,7 +342,17 @@ def every_op(features, weights):
     maps, raw, finite = cam_map(features, weights, size=(32, 32))
     masked = mask_by_features(maps.unsqueeze(1), features, 200, 120, scale=0.5)
     rescaled = fastcam.ops.rescale_multipliers(features, features - 0.5, features[:1] - 1, 0.01)
-    return maps, raw, finite, channel_weights(features, features, None, "grad_cam_pp"), masked, rescaled
+    coefficients = channel_weights(features, features, None, "grad_cam_pp")
+    return maps, raw, finite, coefficients, masked, rescaled, *every_relevance_op(features)
+
+
+def every_relevance_op(x):
+    message = fastcam.ops.relevance_divide(x - 0.5, x + 0.5, x)
+    one, other = fastcam.ops.relevance_add(message, x, x + 1)
+    both = fastcam.ops.relevance_split(one, x - 0.25, x, rule="alpha_beta")
+    budgets = fastcam.ops.relevance_budgets(message)
+    parts = fastcam.ops.relevance_equilibrium(message, budgets, torch.cat([x, x + 1, x + 2]))
+    return message, one, other, both, budgets, parts, fastcam.ops.relevance_combine(x - 0.5, parts, budgets)
 
 
 def test_graph_capture(implementation):
@@ -328,3 +423,25 @@ def test_more_than_2_to_the_31_elements(implementation):
     assert torch.equal(sums[2:], channel_weights(features[2:], features[2:], None, "sum"))
     alone = fastcam.ops.rescale_multipliers(features[2:], features[2:], features[:1])
     assert torch.equal(fastcam.ops.rescale_multipliers(features, features, features[:1])[2:], alone)
+    assert torch.equal(fastcam.ops.relevance_budgets(features)[2:], fastcam.ops.relevance_budgets(features[2:]))
+    alone = fastcam.ops.relevance_divide(features[2:], features[2:])
+    assert torch.equal(fastcam.ops.relevance_divide(features, features)[2:], alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", NATIVE)
+def test_relevance_of_results_beyond_2_to_the_31_elements(implementation, layout):
+    """15 GB: the last image's results lie there and must equal those of the image alone."""
+    features = torch.zeros((2, 2048, 600, 600), dtype=torch.float16, device="cuda")
+    features[1].normal_()
+    x = LAYOUTS[layout](features)
+    split = fastcam.ops.relevance_split(x, x, x, rule="gamma")
+    assert torch.equal(split[1:], fastcam.ops.relevance_split(x[1:], x[1:], x[1:], rule="gamma"))
+    x = LAYOUTS[layout](features[:, :1024])
+    del features, split
+    budgets, divisors = torch.ones(2, 2, device="cuda"), torch.cat([x, x, x])
+    parts = fastcam.ops.relevance_equilibrium(x, budgets, divisors)
+    assert torch.equal(parts[1::2], fastcam.ops.relevance_equilibrium(x[1:], budgets[1:], divisors[1::2]))
+    del divisors
+    alone = fastcam.ops.relevance_combine(x[1:], parts[1::2], budgets[1:])
+    assert torch.equal(fastcam.ops.relevance_combine(x, parts, budgets)[1:], alone)

@@ -1,0 +1,54 @@
+// Binding of relevance_combine.cuh to PyTorch.
+#include "cuda/relevance_combine.cuh"
+
+#include <ATen/ATen.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/library.h>
+
+#include "cuda/tensors.h"
+#include "relevance.h"
+
+namespace fastcam::cuda {
+namespace {
+
+using at::Tensor;
+
+Tensor relevance_combine(const Tensor& inputs, const Tensor& parts, const Tensor& budgets, bool shift,
+                         double threshold) {
+  const char* op = "relevance_combine";
+  check_relevance(op, "inputs", inputs);
+  check_alike(op, "parts", parts, inputs, 3);
+  check_budgets(op, budgets, inputs);
+  const c10::cuda::CUDAGuard guard(inputs.device());
+  const Tensor result = at::empty_like(inputs);
+  if (result.numel() == 0) return result;
+  const bool direct = images_in_sequence(result);
+  const Tensor out = direct ? result : at::empty(inputs.sizes(), inputs.options());
+  const Tensor order = empty_images(out, parts.size(0));
+  const Tensor x = in_order_of(out, inputs), t = in_order_of(order, parts), b = budgets.contiguous();
+  const int64_t batch = x.size(0), length = x.numel() / batch;
+  Tensor counts, units;
+  if (shift) {
+    counts = at::empty({batch * sum_chunks_of(length)}, x.options().dtype(at::kInt));
+    units = at::empty({batch}, b.options());
+  }
+  by_element_type(op, x, [&](auto zero) {
+    using T = decltype(zero);
+    using A = Accumulate<T>;
+    CombineArgs<T> args = {};
+    args.inputs = elements<T>(x), args.parts = elements<T>(t), args.budgets = elements<A>(b);
+    args.out = fresh_elements<T>(out), args.counts = fresh_elements<int>(counts), args.units = fresh_elements<A>(units);
+    args.batch = batch, args.length = length, args.threshold = threshold;
+    C10_CUDA_CHECK(run_relevance_combine(args, c10::cuda::getCurrentCUDAStream().stream()));
+  });
+  if (!direct) result.copy_(out);
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastcam, CUDA, m) { m.impl("relevance_combine", relevance_combine); }
+
+}  // namespace fastcam::cuda
