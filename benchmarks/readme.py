@@ -55,6 +55,26 @@ CONTRIBUTION_ROWS = {
     "vgg16 captum DeepLift": ("VGG-16, Captum DeepLift at the pixels", ""),
 }
 
+#: Row of the relevance suite, less its network -> what the README calls it and its goal on either.
+RELEVANCE_ROWS = {
+    "lrp epsilon_plus": ("`lrp`, `epsilon_plus`", {"resnet50": "2.5", "vgg16": "2.8"}),
+    "lrp epsilon_plus_flat": ("`lrp`, `epsilon_plus_flat`", {}),
+    "lrp epsilon_alpha2_beta1": ("`lrp`, `epsilon_alpha2_beta1`", {"resnet50": "4", "vgg16": "4"}),
+    "attribution_equilibrium": ("`attribution_equilibrium`", {"resnet50": "5", "vgg16": "5"}),
+    "relevance_cam": ("`relevance_cam`, layer3 / features.22", {"resnet50": "1.5"}),
+    "rap": ("`rap`", {"resnet50": "6", "vgg16": "6"}),
+    "clrp": ("`clrp`", {}),
+    "sglrp": ("`sglrp`", {}),
+    "guided_backprop": ("`guided_backprop`", {}),
+    "zennit epsilon_plus": ("Zennit 0.5.1, EpsilonPlus", {}),
+    "zennit epsilon_alpha2_beta1": ("Zennit 0.5.1, EpsilonAlpha2Beta1", {}),
+}
+#: Figure of the equilibrium suite -> the column's title.
+EQUILIBRIUM_COLUMNS = {
+    "hit": "hit", "target": "on target", "other": "on the other", "background": "on background",
+    "negative": "background < 0", "oirr": "OIRR", "total": "total",
+}  # fmt: skip
+
 #: Method -> suite and rows its cost in the table of methods comes from, and what the row's network is called there.
 MEASURED_AS = {"resnet50": "ResNet-50", "vgg16": "VGG-16"}
 
@@ -112,13 +132,17 @@ def methods() -> str:
 
 def cost(method: str) -> str:
     """What the method was measured to cost, in plain forward passes of the network named."""
-    family, contributions, perturbed = (
-        load(suite)[1] if measured(suite) else {} for suite in ("cam_family", "deep_lift", "score_cam")
+    family, contributions, perturbed, walked = (
+        load(suite)[1] if measured(suite) else {} for suite in ("cam_family", "deep_lift", "score_cam", "relevance")
     )
     found = []
     for net, label in MEASURED_AS.items():
         row = contributions.get(f"{net} {method}")
         found += [f"{row['times_forward']:.2f} {label}"] if row else []
+        row = walked.get(f"{net} {'lrp epsilon_plus_flat' if method == 'lrp' else method}")
+        found += [f"{row['times_forward']:.2f} {label}"] if row else []
+    if method == "deconvnet":
+        found.append("as `guided_backprop`")
     if method in family:
         found.append(f"{family[method]['times_forward']:.2f} ResNet-50")
     if method in perturbed:
@@ -152,6 +176,8 @@ def numbers() -> str:
         "",
         *contribution_numbers(),
         "",
+        *relevance_numbers(),
+        "",
         *score_cam_numbers(),
         "",
         *cam_map_numbers(),
@@ -179,6 +205,46 @@ def contribution_numbers() -> list[str]:
         "",
         f"Peak memory of pixel `deep_lift` on VGG-16 is {ours:.0f} MiB above the loaded model, Captum's {theirs:.0f} MiB "
         f"({ours / theirs:.2f} x, goal 0.5).",
+    ]
+    return lines
+
+
+def relevance_numbers() -> list[str]:
+    if not measured("relevance"):
+        return ["Relevance methods: not measured yet (`python -P benchmarks/methods/bench_relevance.py`)."]
+    meta, rows, path = load("relevance")
+    lines = [
+        f"Relevance methods to the pixels, batch 8, 224 x 224, float32, {machine(meta)}; *F* as above, of the network named. "
+        f"[{Path(path).name}]({path}), from `python -P benchmarks/methods/bench_relevance.py`; every map is compared with "
+        "the PyTorch references', composites with Zennit's, before the clock starts.",
+        "",
+        "| what | ResNet-50, x F | goal | VGG-16, x F | goal |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, (label, goals) in RELEVANCE_ROWS.items():
+        cells = []
+        for net in MEASURED_AS:
+            row = rows.get(f"{net} {name}")
+            cells += [f"{row['times_forward']:.2f}" if row and row["match"] else "", goals.get(net, "")]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    peaks = {}
+    for net, label in MEASURED_AS.items():
+        base = meta[f"peak_mib {net} autograd"]
+        named = {
+            what: meta[f"peak_mib {net} {what}"] / base for what in ("lrp epsilon_plus", "attribution_equilibrium")
+        }
+        peaks[label] = ", ".join(f"`{what}` {share:.2f} x" for what, share in named.items())
+    speed = [
+        f"{rows[f'{net} zennit {name}']['times_ours']:.1f} x on {label} ({name})"
+        for net, label in MEASURED_AS.items()
+        for name in ("epsilon_plus", "epsilon_alpha2_beta1")
+        if f"{net} zennit {name}" in rows
+    ]
+    lines += [
+        "",
+        f"Zennit takes {', '.join(speed)} as long (goal: at least 4 x). Peak memory, of autograd's own forward and backward: "
+        + "; ".join(f"{label} {text}" for label, text in peaks.items())
+        + " (goal: at most 2 x).",
     ]
     return lines
 
@@ -277,12 +343,35 @@ def references() -> str:
     return "\n".join(lines)
 
 
+def equilibrium() -> str:
+    if not measured("equilibrium"):
+        return "Two objects: not measured yet (`python -P benchmarks/faithfulness/bench_equilibrium.py`)."
+    meta, rows, path = load("equilibrium")
+    lines = [
+        "Pixel maps for one of two digits, held-out scenes of the testbed: highest pixel on the digit, shares of the positive "
+        "values, share of background pixels below zero, mean positive value off the digit over that on it (OIRR, median), "
+        f"total of the unnormalised map (median). [{Path(path).name}]({path}), from `{meta['command']}`.",
+    ]
+    for model in ("tiny_vgg", "tiny_resnet"):
+        lines += [
+            "",
+            f"| `{model}` | " + " | ".join(EQUILIBRIUM_COLUMNS.values()) + " |",
+            "| --- |" + " ---: |" * len(EQUILIBRIUM_COLUMNS),
+        ]
+        for name, row in rows.items():
+            if name.startswith(f"{model}: "):
+                cells = [f"{row[key]:.3f}" if abs(row[key]) < 1e4 else f"{row[key]:.1e}" for key in EQUILIBRIUM_COLUMNS]
+                lines.append(f"| {name.removeprefix(f'{model}: ')} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def filled(text: str) -> str:
     sections = {
         "methods": methods,
         "numbers": numbers,
         "faithfulness": faithfulness,
         "references": references,
+        "equilibrium": equilibrium,
     }
     for section, table in ((name, make()) for name, make in sections.items()):
         pattern = rf"(<!-- {section}: start -->\n).*?(<!-- {section}: end -->)"

@@ -147,7 +147,9 @@ def measure(name: str, options: Any) -> list[dict[str, Any]]:
         found = call()
         if label == "captum DeepLift":
             ours = fastcam.Explainer(model, "deep_lift", normalize=False)(images, targets).maps
-            match[label] = harness.agree(found.sum(1), ours, 1e-3 * float(ours.abs().max()))
+            # Captum divides float32 differences from 1e-10 up, which are rounding; in float64 the two agree to 1e-10
+            # (tests/parity/test_captum.py).
+            match[label] = harness.agree(found.sum(1), ours, 5e-3 * float(ours.abs().max()))
         else:
             ours = fastcam.Explainer(model, "a_fmi", layer=LAYERS[name])(images, targets).extra["contributions"]
             match[label] = harness.agree(found.sum((2, 3)), ours, 1e-3 * float(ours.abs().max()))

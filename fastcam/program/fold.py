@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions before them, for runs that need scores to rounding only."""
+"""Batch norms folded into the convolutions and linear layers before them, for runs that need scores to rounding only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["FoldedNorm", "fold_norms"]
 
 @dataclass(frozen=True)
 class FoldedNorm:
-    """A convolution's weight or bias with the batch norm behind it multiplied in.
+    """A layer's weight or bias with the batch norm behind it multiplied in.
 
     With f = scale / sqrt(variance + eps):  weight W f,  bias (b - mean) f + shift. The fields are indices of leaves, or
     None where the layer has no such parameter.
@@ -52,9 +52,9 @@ class FoldedNorm:
 
 
 def fold_norms(program: Program, feature: int) -> Program:
-    """The same network with each evaluated batch norm that alone reads a convolution folded into it.
+    """The same network with each evaluated batch norm that alone reads a convolution or linear layer folded into it.
 
-    All indices keep their meaning; a convolution whose output is `feature` is left as it is.
+    All indices keep their meaning; a layer whose output is `feature` is left as it is.
     """
     readers: dict[int, list[int]] = {}
     for node in program.nodes:
@@ -92,6 +92,8 @@ def _foldable(program: Program, norm: Node, readers: dict[int, list[int]], featu
         return None
     source = program.nodes[norm.args[0].index]
     by_name = op_name(source.target) in ("conv1d", "conv2d", "conv3d")
+    # Of more dimensions, the norm's second one is not the linear layer's last.
+    by_name = by_name or (op_name(source.target) == "linear" and len(source.shape or ()) == 2)
     alone = readers[source.index] == [norm.index] and source.index not in program.output_indices
     stored = all(isinstance(norm.args[i], Ref) for i in (3, 4)) and norm.args[5] is False
     direct = all(

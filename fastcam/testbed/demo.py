@@ -25,7 +25,10 @@ TIMED_IMAGES = 32
 PICTURE_SCENES = {"tiny_resnet": (4, 44), "tiny_vgg": (54, 33)}
 """Test scenes in the picture, chosen by looks before any map was seen, on photographs in the public domain or CC0."""
 
-PICTURE_METHODS = ("lift_cam", "a_fmi", "cam", "grad_cam", "grad_cam_pp", "layer_cam", "ablation_cam", "deep_lift")
+PICTURE_METHODS = (
+    *("lift_cam", "a_fmi", "cam", "grad_cam", "layer_cam"),
+    *("relevance_cam", "attribution_equilibrium", "lrp", "deep_lift"),
+)
 
 ON_REQUEST = ("score_cam", "ss_cam", "is_cam")
 """Methods that run the whole network for every feature map: minutes here, so only where they are named."""
