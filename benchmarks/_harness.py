@@ -43,6 +43,7 @@ PACKAGES = ("torch", "torchvision", "triton", "numpy", "grad-cam", "torchcam", "
 
 Calls = Mapping[str, Callable[[], Any]]
 Times = dict[str, list[float]]
+Results = Tensor | tuple[Tensor, ...]
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -56,8 +57,11 @@ def arguments(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def agree(found: Tensor, expected: Tensor, limit: float) -> tuple[bool, float]:
+def agree(found: Results, expected: Results, limit: float) -> tuple[bool, float]:
     """Whether shapes are equal and the largest absolute difference is at most `limit`; and that difference."""
+    if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
+        pairs = [agree(a, b, limit) for a, b in zip(found, expected, strict=True)]
+        return all(match for match, _ in pairs), max(error for _, error in pairs)
     if found.shape != expected.shape:
         return False, math.inf
     error = (found.double() - expected.double()).abs().max().item() if found.numel() else 0.0
@@ -124,7 +128,7 @@ def row(name: str, seconds: Sequence[float], match: bool, **more: Any) -> dict[s
 
 
 def op_row(
-    name: str, ours: Callable[[], Tensor], baselines: Calls, expected: Tensor, limit: float, nbytes: int,
+    name: str, ours: Callable[[], Results], baselines: Calls, expected: Results, limit: float, nbytes: int,
     options: argparse.Namespace, **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """A row of an op benchmark: `ours` beside its baselines and beside `copy_` of the `nbytes` the op must move."""

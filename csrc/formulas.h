@@ -193,14 +193,15 @@ template <typename V>
 FASTCAM_HD void relevance_alpha_beta(V r, V z, V p, V first, V second, V epsilon, V noise, V& u, V& v) {
   const V n = relevance_negative(z, p, noise);
   u = first * relevance_quotient(r, p, epsilon);
-  const V found = -second * relevance_quotient(r, n, epsilon);
-  v = n == 0 ? V{} : found;
+  const V found = -second * (r / (n - epsilon));  // n < 0, else it is not used
+  v = n >= 0 ? V{} : found;
 }
 
 template <typename V>
 FASTCAM_HD void relevance_gamma(V r, V z, V p, V first, V second, V epsilon, V noise, V& u, V& v) {
   const V n = relevance_negative(z, p, noise);
-  const V raised = relevance_quotient(r, z + first * p, epsilon), lowered = relevance_quotient(r, z + first * n, epsilon);
+  const V raised = relevance_quotient(r, z + first * p, epsilon);
+  const V lowered = r / (z + first * n - epsilon);  // z < 0, else it is not used
   u = z <= 0 ? V{} : raised;  // NaN stays
   v = z >= 0 ? V{} : lowered;
 }

@@ -128,19 +128,24 @@ FASTCAM_INLINE Vector<float, N> widen(Vector<uint32_t, N> bits) {
   }
 }
 
+// Floats as bfloat16 stores them, in the upper 16 bits of each 32; the lower ones mean nothing.
+template <int N>
+FASTCAM_INLINE Vector<uint32_t, N> round_upper(Vector<float, N> v) {
+  const auto bits = reinterpret_cast<Vector<uint32_t, N>>(v), rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return v == v ? rounded : Vector<uint32_t, N>{} + 0x7fc00000u;
+}
+
 // Floats as a half type stores them, 16 bits each in 32: rounded to nearest, ties to even; NaN stays NaN.
 template <typename S, int N>
 FASTCAM_INLINE Vector<uint32_t, N> round_to(Vector<float, N> v) {
   using U = Vector<uint32_t, N>;
   using F = Vector<float, N>;
-  const U bits = reinterpret_cast<U>(v);
   if constexpr (std::is_same_v<S, BFloat16>) {
-    const U rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return v == v ? rounded : U{} + 0x7fc0u;
+    return round_upper<N>(v) >> 16;
   } else {
     // 4 |v|, infinite from |v| = 2^16 on, is rounded by adding it to the power of two whose last bit is worth the last one of
     // |v| as a half, times 4; for all subnormal halves that is the least normal one's. Integer code again.
-    const U magnitude = bits & 0x7fffffffu;
+    const U bits = reinterpret_cast<U>(v), magnitude = bits & 0x7fffffffu;
     const F scaled = reinterpret_cast<F>(magnitude) * 0x1p112f * 0x1p-110f;
     const U doubled = magnitude + magnitude, exponent = doubled & 0xff000000u;
     const U floored = exponent < 0x71000000u ? U{} + 0x71000000u : exponent;
@@ -174,12 +179,22 @@ FASTCAM_INLINE auto narrow(Vector<Accumulate<S>, N> v) {
 template <int N, typename S>
 FASTCAM_INLINE void load_pairs(const S* p, Vector<float, N>& even, Vector<float, N>& odd) {
   const auto both = reinterpret_cast<Vector<uint32_t, N>>(load_raw<uint16_t, 2 * N>(p));
-  even = widen<S, N>(both & 0xffffu), odd = widen<S, N>(both >> 16);
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    even = reinterpret_cast<Vector<float, N>>(both << 16);
+    odd = reinterpret_cast<Vector<float, N>>(both & 0xffff0000u);
+  } else {
+    even = widen<S, N>(both & 0xffffu), odd = widen<S, N>(both >> 16);
+  }
 }
 
 template <int N, typename S>
 FASTCAM_INLINE void store_pairs(S* p, Vector<float, N> even, Vector<float, N> odd) {
-  const auto both = round_to<S, N>(even) | (round_to<S, N>(odd) << 16);
+  Vector<uint32_t, N> both;
+  if constexpr (std::is_same_v<S, BFloat16>) {
+    both = (round_upper<N>(even) >> 16) | (round_upper<N>(odd) & 0xffff0000u);
+  } else {
+    both = round_to<S, N>(even) | (round_to<S, N>(odd) << 16);
+  }
   store_raw<uint16_t, 2 * N>(p, reinterpret_cast<Vector<uint16_t, 2 * N>>(both));
 }
 

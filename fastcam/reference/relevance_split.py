@@ -29,10 +29,10 @@ def relevance_split(
     # What is left of a cancellation by rounding alone; never a divisor.
     n = torch.where(n >= -8 * torch.finfo(relevance.dtype).eps * p, 0.0, n)
     if rule == "alpha_beta":
-        u, v = first * quotient(r, p, epsilon), torch.where(n == 0, 0.0, -second * quotient(r, n, epsilon))
+        u, v = first * quotient(r, p, epsilon), torch.where(n >= 0, 0.0, -second * (r / (n - epsilon)))
     elif rule == "gamma":
         u = torch.where(z <= 0, 0.0, quotient(r, z + first * p, epsilon))  # NaN comes through
-        v = torch.where(z >= 0, 0.0, quotient(r, z + first * n, epsilon))
+        v = torch.where(z >= 0, 0.0, r / (z + first * n - epsilon))
     else:  # rap
         u = quotient(r.clamp(min=0), p, 0.0)
         v = quotient(r.clamp(max=0), -n, 0.0) + quotient(r, p - n, 0.0)

@@ -74,6 +74,19 @@ def test_memory_is_used_by_nothing_else_while_any_view_of_it_lives():
     assert where in [result.data_ptr() for result in [maps(3) for _ in range(3)]]
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 3, 1), (1, 3, 2, 0)])
+def test_results_in_any_order_of_dimensions_are_served(order):
+    back = sorted(range(4), key=order.__getitem__)
+    x = torch.ones(2, 16, 300, 301).permute(order).contiguous().permute(back)
+    for like in (x, x[:, :14]):
+        first = ops.relevance_divide(like, like, None, 0.0)
+        where = first.data_ptr()
+        assert first.stride() == torch.empty_like(like).stride()
+        assert (first == 1).all()
+        del first
+        assert ops.relevance_divide(like, like).data_ptr() == where
+
+
 def test_small_results_and_poor_fits_are_not_served():
     before = pool()
     small = maps(1)
