@@ -59,9 +59,9 @@ def launch(relevance: torch.Tensor) -> torch.Tensor:
     """
     with _launch.on_device(relevance):
         acc = _launch.accumulation(relevance.dtype)
-        out = relevance.new_zeros((relevance.shape[0], 2), dtype=acc)
         if relevance.numel() == 0:
-            return out
+            return relevance.new_zeros((relevance.shape[0], 2), dtype=acc)
+        out = relevance.new_empty((relevance.shape[0], 2), dtype=acc)
         r = relevance.contiguous(memory_format=_launch.memory_format(relevance))
         # Off its alignment, an image would be read, and so added up, in another order than inside a batch.
         r = r if r.data_ptr() % 16 == 0 else r.clone()
