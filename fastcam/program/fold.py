@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions and linear layers before them, for runs that need scores to rounding only."""
+"""Batch norms folded into the convolution or linear layer before them, for runs that need scores to rounding only."""
 
 from __future__ import annotations
 
