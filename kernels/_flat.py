@@ -24,11 +24,11 @@ def elements(count, BLOCK: tl.constexpr):
 
 @triton.jit
 def tile(runs, length, blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Runs and elements in them of this program's tile, and which there are; `blocks` tiles lie side by side."""
+    """Runs (ROWS,) and elements (1,COLUMNS) of this program's tile, and which there are; `blocks` tiles a run."""
     program = tl.program_id(0)
-    run = (program // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    run = (program // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     at = (program % blocks).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    return run, at, (run < runs) & (at < length)
+    return run, at, (run < runs)[:, None] & (at < length)
 
 
 @triton.jit

@@ -61,13 +61,13 @@ def _combine(
     SHIFT: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     run, at, mask = _flat.tile(runs, length, blocks, ROWS, COLUMNS)
-    at += run * length
+    at += run[:, None] * length
     step = tl.cast(runs, tl.int64) * length  # from one of the three parts to the next
     x = _flat.load(inputs + at, mask, ACC)
     parts += at
     found = _shared(x, _flat.load(parts, mask, ACC))
     if SHIFT:
-        found -= tl.where(found == 0, 0.0, _flat.load(units + run, run < runs, ACC))
+        found -= tl.where(found == 0, 0.0, _flat.load(units + run, run < runs, ACC)[:, None])
     active = _flat.load(parts + step, mask, ACC)
     inactive = _flat.load(parts + 2 * step, mask, ACC)
     found += tl.where(x > tl.full((), threshold, ACC), active, inactive)

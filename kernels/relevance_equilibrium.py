@@ -21,10 +21,10 @@ def _equilibrium(
     ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     run, at, mask = _flat.tile(runs, length, blocks, ROWS, COLUMNS)
-    at += run * length
+    at += run[:, None] * length
     step = tl.cast(runs, tl.int64) * length  # from one of the three parts to the next
-    p = _flat.load(budgets + 2 * run, run < runs, ACC)
-    q = _flat.load(budgets + 2 * run + 1, run < runs, ACC)
+    p = _flat.load(budgets + 2 * run, run < runs, ACC)[:, None]
+    q = _flat.load(budgets + 2 * run + 1, run < runs, ACC)[:, None]
     r = _flat.load(relevance + at, mask, ACC)
     positive = _flat.quotient(_flat.positive_part(r), p, 0.0)
     negative = _flat.quotient(_flat.negative_part(r), q, 0.0)

@@ -41,7 +41,7 @@ def _split(
     RULE: tl.constexpr, FACTOR: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     run, at, mask = _flat.tile(runs, length, blocks, ROWS, COLUMNS)
-    start = run * length
+    start = run[:, None] * length
     r = _flat.scaled(relevance, factor, start + at, mask, FACTOR, ACC)
     z = _flat.load(output + start + at, mask, ACC)
     p = _flat.load(positive + start + at, mask, ACC)
