@@ -117,8 +117,9 @@ def measure(options: Any) -> list[dict[str, Any]]:
     explainers = {f"{method}": fastcam.Explainer(model, method) for method in METHODS}
     explainers["grad_cam, layer3"] = fastcam.Explainer(model, "grad_cam", layer="layer3")
     explainers["grad_cam, channels_last"] = fastcam.Explainer(model, "grad_cam", channels_last=True)
-    bf16 = fastcam.Explainer(model, "grad_cam", precision="bf16", channels_last=True)
-    explainers["grad_cam, bf16 channels_last"] = bf16
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        bf16 = fastcam.Explainer(model, "grad_cam", precision="bf16", channels_last=True)
+        explainers["grad_cam, bf16 channels_last"] = bf16
     with fastcam.backend("reference"):
         on_reference = {name: explainer(images, targets).maps for name, explainer in explainers.items()}
     for name, explainer in explainers.items():
