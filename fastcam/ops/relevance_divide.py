@@ -17,7 +17,7 @@ def relevance_divide(relevance: Tensor, divisor: Tensor, factor: Tensor | None =
 
     Formula, elementwise: R f / st(d), st(d) = d + epsilon for d >= 0, d - epsilon for d < 0; 0 where st(d) = 0.
         f is the factor of an R kept as a product (1 where left out). With epsilon = 0 the division is guarded: 0 where
-        d is 0. NaN comes through.
+        d is 0, whatever R is. Other NaN comes through.
     Shapes: all (B,C,...), any number of dimensions from two on, any of them may be 0. Returns the same.
     Dtype and layout: float64, float32, float16 or bfloat16, all tensors alike, any strides; the result has the dtype
     and the strides of empty_like(relevance). Arithmetic in float64 for float64, else float32.

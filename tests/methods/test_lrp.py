@@ -118,6 +118,35 @@ def test_networks_capture_and_run(name):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
+def test_volumes_and_resizing_keep_the_total():
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = nn.Conv2d(3, 6, 4, 2, bias=False), nn.ConvTranspose2d(12, 5, 3, 2, bias=False)
+
+        def forward(self, x):
+            x = functional.relu(self.down(x))
+            wide = functional.interpolate(x, scale_factor=2, mode="bilinear")
+            both = torch.cat([wide, functional.interpolate(x, size=wide.shape[2:], mode="nearest")], 1)
+            return functional.relu(self.up(both)).amax((2, 3))
+
+    class Volume(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.head = nn.Conv3d(2, 6, 3, bias=False), nn.Linear(6, 5, bias=False)
+
+        def forward(self, x):
+            return self.head(functional.avg_pool3d(functional.relu(self.one(x)), 2).mean((2, 3, 4)))
+
+    volume = torch.randn(2, 2, 8, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for build, x in ((Decoder, IMAGES[:2]), (Volume, volume)):
+        composite = Composite(conv=ZPlus(epsilon=0.0), linear=ZPlus(epsilon=0.0), pool=Norm(epsilon=0.0))
+        found = fastcam.attribute(
+            seeded(build).double(), x, "lrp", composite=composite, targets=[1, 2], normalize=False
+        )
+        torch.testing.assert_close(found.maps.flatten(1).sum(1), torch.ones(2).double(), rtol=1e-9, atol=1e-9)
+
+
 def test_changed_weights_are_seen_at_once():
     model = vgg_like().double()
     explainer = fastcam.Explainer(model, "lrp", composite="epsilon_alpha2_beta1_flat")

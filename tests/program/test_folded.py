@@ -56,3 +56,20 @@ def test_folded_runs_see_changed_weights():
     fresh = fastcam.Explainer(copy.deepcopy(net), "score_cam", layer="features", weight_norm="none")(x, 1).weights
     assert not torch.allclose(before, after)
     torch.testing.assert_close(after, fresh, rtol=1e-5, atol=1e-6)
+
+
+def test_a_norm_behind_a_linear_layer_is_folded_too():
+    def build() -> torch.nn.Module:
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(),
+            torch.nn.Linear(16, 6), torch.nn.BatchNorm1d(6), torch.nn.ReLU(), torch.nn.Linear(6, 5),
+        )  # fmt: skip
+
+    net = models.seeded(build).double()
+    x = images(torch.float64)
+    program = capture(net, x)
+    session = Bindings(net, None, False, False).session(program, *find_layer(program, net, "1", 2), x.dtype, fold=True)
+    kinds = [node.kind for node in session.cut.program.nodes if node.kind == "folded"]
+    assert len(kinds) == 2  # weight and bias
+    with torch.no_grad():
+        torch.testing.assert_close(session.output(x), net(x), rtol=1e-12, atol=1e-12)
