@@ -77,13 +77,16 @@ class Equilibrium:
             pointwise = self._is_pointwise(geometry, weight)
             divisors = geometry.apply(_bases(x, self.threshold), weight)
             shape = torch.Size((3 * len(x), *x.shape[1:]))
-            results = []
+            results: list[Relevance] = []
             for one in given:
                 r = one.tensor()
                 budgets = ops.relevance_budgets(r)
                 ratio = 1.0 if pointwise else self.ratio
                 messages = ops.relevance_equilibrium(r, budgets, divisors, ratio)
+                if len(results) + 1 == len(given):
+                    del divisors  # three maps of the layer above: not beside three of the one below
                 parts = geometry.back(messages, weight, shape, walk.weights)
+                del messages, r
                 results.append(Relevance(ops.relevance_combine(x, parts, budgets, not pointwise, self.threshold)))
             return {source.index: results}
 
