@@ -55,7 +55,7 @@ def matrix(module: nn.Module, shape, change=lambda w: w) -> torch.Tensor:
 
 
 def st(d: torch.Tensor, epsilon: float) -> torch.Tensor:
-    return d + torch.where(d >= 0, epsilon, -epsilon)
+    return d + epsilon * torch.where(d >= 0, 1.0, -1.0).double()
 
 
 def expected(rule, module, x, r) -> torch.Tensor:
