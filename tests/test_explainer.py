@@ -45,8 +45,9 @@ class Branching(Small):
 
 
 #: Methods that explain pixels unless a layer is named, and methods that cannot do with a forward hook.
-PIXELS = {"deep_lift", "full_grad"}
-NEED_CAPTURE = {"lift_cam", "a_fmi", "deep_lift", "full_grad"}
+PIXELS = {"deep_lift", "full_grad", "lrp", "clrp", "sglrp", "rap", "guided_backprop", "deconvnet"}
+PIXELS |= {"attribution_equilibrium"}
+NEED_CAPTURE = {"lift_cam", "a_fmi", "relevance_cam"} | PIXELS
 
 
 @pytest.fixture
