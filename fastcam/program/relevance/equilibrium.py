@@ -150,14 +150,8 @@ def _bases(x: Tensor, threshold: float) -> Tensor:
 
 def _winner(step: StepView, given: list[Any]) -> Given:
     """All of a window's relevance to its greatest max(x, 0), the first of several."""
-    x = step.get(step.source).clamp(min=0)
-    with torch.enable_grad():
-        leaf = x.detach().requires_grad_()
-        result = step.run(lambda ref: leaf if ref == step.source else step.get(ref))
-        result = result[0] if isinstance(result, (tuple, list)) else result
     tensors = [one[0] if isinstance(one, dict) else one.tensor() for one in given]
-    last = len(tensors) - 1
-    found = [torch.autograd.grad(result, leaf, r, retain_graph=i < last)[0] for i, r in enumerate(tensors)]
+    found = steps.pulled_back(step, step.get(step.source).clamp(min=0), tensors)
     return {step.source: [Relevance(one) for one in found]}
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "norm",
     "passed",
     "product",
+    "pulled_back",
     "summed",
 ]
 
@@ -102,7 +103,7 @@ def max_pool(step: StepView, rule: Rule, given: list[Any]) -> Given:
     x = step.get(step.source)
     given = [one[0] if isinstance(one, dict) else one.tensor() for one in given]
     if share == "winner":
-        return {step.source: [Relevance(r) for r in _pulled_back(step, x, given)]}
+        return {step.source: [Relevance(r) for r in pulled_back(step, x, given)]}
     sizes, options = _window(step.node, x)
     rank = len(sizes)
     pool = (torch.nn.functional.unfold, None)[0] if rank == 2 else None
@@ -248,7 +249,8 @@ def derivative(step: StepView, rule: Rule, given: list[Any]) -> Given:
     return found
 
 
-def _pulled_back(step: StepView, x: Tensor, given: list[Tensor]) -> list[Tensor]:
+def pulled_back(step: StepView, x: Tensor, given: list[Tensor]) -> list[Tensor]:
+    """Relevance of the step's (first) result at x, which stands for what the step reads, by the derivative there."""
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         result = step.run(lambda ref: leaf if ref == step.source else step.get(ref))
