@@ -26,8 +26,7 @@ Tensor relevance_combine(const Tensor& inputs, const Tensor& parts, const Tensor
   if (result.numel() == 0) return result;
   const bool direct = images_in_sequence(result);
   const Tensor out = direct ? result : at::empty(inputs.sizes(), inputs.options());
-  const Tensor order = empty_images(out, parts.size(0));
-  const Tensor x = in_order_of(out, inputs), t = in_order_of(order, parts), b = budgets.contiguous();
+  const Tensor x = in_order_of(out, inputs), t = in_image_order_of(out, parts), b = budgets.contiguous();
   const int64_t batch = x.size(0), length = x.numel() / batch;
   Tensor counts, units;
   if (shift) {

@@ -25,8 +25,7 @@ Tensor relevance_equilibrium(const Tensor& relevance, const Tensor& budgets, con
   if (result.numel() == 0) return result;
   const bool direct = images_in_sequence(result);
   const Tensor out = direct ? result : at::empty(divisors.sizes(), divisors.options());
-  const Tensor order = empty_images(out, relevance.size(0));
-  const Tensor r = in_order_of(order, relevance), z = in_order_of(out, divisors), b = budgets.contiguous();
+  const Tensor r = in_image_order_of(out, relevance), z = in_order_of(out, divisors), b = budgets.contiguous();
   by_element_type(op, out, [&](auto zero) {
     using T = decltype(zero);
     C10_CUDA_CHECK(run_relevance_equilibrium(elements<T>(r), elements<Accumulate<T>>(b), elements<T>(z),
