@@ -20,6 +20,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -39,7 +40,7 @@ METADATA_KEYS = (
 ROW_KEYS = ("name", "median_us", "iqr_us", "n", "match", "max_err")
 #: Rows of suites that measure how good a method is rather than how fast: a figure over n draws and its standard error.
 QUALITY_KEYS = ("name", "mean", "standard_error", "n")
-PACKAGES = ("torch", "torchvision", "triton", "numpy", "grad-cam", "torchcam", "captum")
+PACKAGES = ("torch", "torchvision", "triton", "numpy", "grad-cam", "torchcam", "captum", "zennit")
 
 Calls = Mapping[str, Callable[[], Any]]
 Times = dict[str, list[float]]
@@ -146,6 +147,28 @@ def op_row(
     verdict = speedups if match else f"MISMATCH, error {error:.3g}"
     print(f"{name}: {mine * 1e6:.0f} us, {found['pct_copy']:.0f} % of copy, {verdict}", flush=True)
     return found
+
+
+def peak_mib(script: str, setup: str, call: str, *arguments: object, **environment: str) -> float:
+    """Peak resident MiB of the statement `call` above the state before it, in a fresh process, after one for warmth.
+
+    script     path of the suite; `setup` may import it by name, and reads `arguments` as sys.argv[1:]
+    environment  further variables of the process
+    """
+    code = (
+        f"import sys, torch; sys.path.insert(0, {str(Path(script).parent)!r})\n{setup}\n{call}\n"
+        "def status(key):\n"
+        "    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(key))\n"
+        "open('/proc/self/clear_refs', 'w').write('5')\n"
+        f"before = status('VmRSS:'); {call}; print(status('VmHWM:') - before)\n"
+    )
+    # Blocks above 1 MiB come from and go back to the system at once, so that resident memory follows the tensors.
+    at_once = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
+    command = [sys.executable, "-P", "-c", code, *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, **at_once, **environment}
+    )
+    return int(done.stdout.split()[-1]) / 1024
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:

@@ -207,9 +207,10 @@ class Explainer:
             return self._hooked(images, str(reason))
         needs = self.options.needed(self.method.needs)
         # Folding norms into convolutions would take away the biases a method asks for.
-        foldable = needs != "biases" and not (isinstance(needs, Backward) and not needs.folded)
+        walked = isinstance(needs, Backward)
         fold = isinstance(needs, Backward) and needs.folded
-        return self._bindings.session(program, feature, name, own, foldable, fold)
+        foldable = fold or (needs != "biases" and not walked)
+        return self._bindings.session(program, feature, name, own, foldable, fold, wide=walked)
 
     def _hooked(self, images: torch.Tensor, reason: str) -> Session:
         needs = self.options.needed(self.method.needs)

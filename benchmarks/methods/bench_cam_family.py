@@ -9,7 +9,6 @@ Correctness first: fastcam's maps against the textbook Grad-CAM written here wit
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -178,31 +177,19 @@ def first_call(rounds: int = 3) -> dict[str, Any]:
 
 
 def peak_memory() -> dict[str, Any]:
-    """Peak resident memory above the state before the call, of the forward pass and of grad_cam, in fresh processes."""
-    code = (
-        "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
+    """Peak resident memory of the forward pass and of grad_cam, each the median of three processes."""
+    setup = (
         "from bench_cam_family import resnet, BATCH, SIDE\nimport fastcam\n"
         "model = resnet(); images = torch.randn(BATCH, 3, SIDE, SIDE)\n"
         "explainer = fastcam.Explainer(model, 'grad_cam')\n"
         "def forward():\n"
         "    with torch.no_grad():\n        model(images)\n"
-        "call = forward if sys.argv[2] == 'forward' else lambda: explainer(images)\n"
-        "call()\n"
-        "def status(key):\n"
-        "    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(key))\n"
-        "open('/proc/self/clear_refs', 'w').write('5')\n"
-        "before = status('VmRSS:'); call(); print(status('VmHWM:') - before)\n"
+        "call = forward if sys.argv[1] == 'forward' else lambda: explainer(images)"
     )
-    # Blocks above 1 MiB come from and go back to the system at once, so that resident memory follows the tensors.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
-    peaks = {}
-    for name in ("forward", "grad_cam"):
-        command = [sys.executable, "-P", "-c", code, str(Path(__file__).parent), name]
-        found = [
-            int(subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout)
-            for _ in range(3)
-        ]
-        peaks[name] = sorted(found)[1] / 1024
+    peaks = {
+        name: sorted(harness.peak_mib(__file__, setup, "call()", name) for _ in range(3))[1]
+        for name in ("forward", "grad_cam")
+    }
     return {
         "peak_mib_forward": round(peaks["forward"], 1),
         "peak_mib_grad_cam": round(peaks["grad_cam"], 1),

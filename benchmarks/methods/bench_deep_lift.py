@@ -11,8 +11,6 @@ references of the ops.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -167,26 +165,15 @@ def measure(name: str, options: Any) -> list[dict[str, Any]]:
 
 
 def peak_mib(name: str, what: str) -> float:
-    """Peak resident memory of one call above the state before it, in a fresh process, after one call for warmth."""
-    code = (
-        "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
+    setup = (
         "import bench_deep_lift as bench\n"
-        "name, what = sys.argv[2:4]\n"
+        "name, what = sys.argv[1:3]\n"
         "if what == 'captum':\n    call = bench.captum_calls(name)['captum DeepLift']\n"
         "else:\n"
         "    made = bench.explainer(name, 'deep_lift', bench.network(name))\n"
-        "    images, targets = bench.batch()\n    call = lambda: made(images, targets)\n"
-        "call()\n"
-        "def status(key):\n"
-        "    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(key))\n"
-        "open('/proc/self/clear_refs', 'w').write('5')\n"
-        "before = status('VmRSS:'); call(); print(status('VmHWM:') - before)\n"
+        "    images, targets = bench.batch()\n    call = lambda: made(images, targets)"
     )
-    # Blocks above 1 MiB come from and go back to the system at once, so that resident memory follows the tensors.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
-    command = [sys.executable, "-P", "-c", code, str(Path(__file__).parent), name, what]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return int(done.stdout.split()[-1]) / 1024
+    return harness.peak_mib(__file__, setup, "call()", name, what)
 
 
 def main() -> None:

@@ -10,8 +10,6 @@ the same method with the ops' PyTorch references, and composites against Zennit'
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -123,11 +121,9 @@ def measure(name: str, options: Any) -> list[dict[str, Any]]:
 
 
 def peak_mib(name: str, what: str) -> float:
-    """Peak resident memory of one call above the state before it, in a fresh process, after one call for warmth."""
-    code = (
-        "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
+    setup = (
         "import bench_relevance as bench\n"
-        "name, what = sys.argv[2:4]\n"
+        "name, what = sys.argv[1:3]\n"
         "model = bench.network(name)\nimages, targets = bench.batch()\n"
         "if what == 'autograd':\n"
         "    def call():\n"
@@ -135,19 +131,9 @@ def peak_mib(name: str, what: str) -> float:
         "        return torch.autograd.grad(model(leaf)[range(len(leaf)), targets].sum(), leaf)\n"
         "else:\n"
         "    made = bench.explainer(name, what, model)\n"
-        "    call = lambda: made(images, targets)\n"
-        "call()\n"
-        "def status(key):\n"
-        "    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(key))\n"
-        "open('/proc/self/clear_refs', 'w').write('5')\n"
-        "before = status('VmRSS:'); call(); print(status('VmHWM:') - before)\n"
+        "    call = lambda: made(images, targets)"
     )
-    # Blocks above 1 MiB come from and go back to the system at once, so that resident memory follows the tensors.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
-    environment["FASTCAM_RESULT_POOL"] = "0"
-    command = [sys.executable, "-P", "-c", code, str(Path(__file__).parent), name, what]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return int(done.stdout.split()[-1]) / 1024
+    return harness.peak_mib(__file__, setup, "call()", name, what, FASTCAM_RESULT_POOL="0")
 
 
 def main() -> None:

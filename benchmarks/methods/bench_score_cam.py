@@ -11,8 +11,6 @@ similarity. Peak memory is taken in fresh processes at two chunk sizes: it follo
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -101,22 +99,12 @@ def measure(options: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def peak_mib(chunk: int) -> float:
-    """Peak resident memory of one call above the state before it, in a fresh process, after one call for warmth."""
-    code = (
-        "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
+    setup = (
         "import bench_score_cam as bench, fastcam\n"
-        "made = fastcam.Explainer(bench.resnet(), 'score_cam', layer='layer4', chunk=int(sys.argv[2]))\n"
-        "images = bench.image(); made(images, 7)\n"
-        "def status(key):\n"
-        "    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith(key))\n"
-        "open('/proc/self/clear_refs', 'w').write('5')\n"
-        "before = status('VmRSS:'); made(images, 7); print(status('VmHWM:') - before)\n"
+        "made = fastcam.Explainer(bench.resnet(), 'score_cam', layer='layer4', chunk=int(sys.argv[1]))\n"
+        "images = bench.image()"
     )
-    # Blocks above 1 MiB come from and go back to the system at once, so that resident memory follows the tensors.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
-    command = [sys.executable, "-P", "-c", code, str(Path(__file__).parent), str(chunk)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    return int(done.stdout.split()[-1]) / 1024
+    return harness.peak_mib(__file__, setup, "made(images, 7)", chunk)
 
 
 def main() -> None:

@@ -176,7 +176,8 @@ class Passage:
     def relevance(self, seeds: Sequence[Any], layers: Sequence[str] = ()) -> Relevances:
         """Relevance at the layer from that at `logits` - or at the image from that at the layer, for methods that start
         there - for each of `seeds`, and at further layers by name. Once for each passage."""
-        return self._forward.relevance(seeds, layers)
+        found, others = self._forward.relevance(seeds, layers)
+        return found if self._reshape is None else [self._reshape(one) for one in found], others
 
     def score_slopes(self) -> list[Any]:
         """d score / d output for a target that is a callable: one for each tensor of the output."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -40,6 +40,10 @@ class EquilibriumOptions(RelevanceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.reshape_transform is not None:
+            raise ValueError(
+                "attribution_equilibrium starts at the layer as it is; reshape_transform has no place in it"
+            )
         if not isinstance(self.ratio, (int, float)) or not 1 <= self.ratio <= 2:
             raise ValueError(f"ratio must lie in [1, 2]; got {self.ratio!r}")
         for name, known in (
@@ -53,9 +57,6 @@ class EquilibriumOptions(RelevanceOptions):
             raise ValueError(f"threshold must be a finite number, not negative; got {self.threshold!r}")
         rules = Equilibrium(float(self.ratio), self.residual, self.concat, self.pointwise, float(self.threshold))
         self._walked_by(rules, below=True)
-
-    def needed(self, usual: Any) -> Any:
-        return self._backward
 
 
 def attribution_equilibrium(passage: Passage, options: EquilibriumOptions) -> Evidence:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -124,34 +124,24 @@ LRP = Method(
 
 
 @dataclass(frozen=True)
-class BackpropagationOptions(RelevanceOptions):
+class GuidedOptions(RelevanceOptions):
     """As `RelevanceOptions`."""
+
+    composite: ClassVar[str] = "guided_backprop"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._walked_by(named(self._composite()), folded=False)
-
-    def _composite(self) -> str:
-        raise NotImplementedError
+        self._walked_by(named(self.composite), folded=False)
 
 
 @dataclass(frozen=True)
-class GuidedOptions(BackpropagationOptions):
+class DeconvOptions(GuidedOptions):
     """As `RelevanceOptions`."""
 
-    def _composite(self) -> str:
-        return "guided_backprop"
+    composite: ClassVar[str] = "deconvnet"
 
 
-@dataclass(frozen=True)
-class DeconvOptions(BackpropagationOptions):
-    """As `RelevanceOptions`."""
-
-    def _composite(self) -> str:
-        return "deconvnet"
-
-
-def backpropagation(passage: Passage, options: BackpropagationOptions) -> Evidence:
+def backpropagation(passage: Passage, options: GuidedOptions) -> Evidence:
     """Gradients of the score with another rule at ReLUs, summed over the image's channels.
 
     guided_backprop  R' = max(R, 0) 1[x > 0]: only positive gradients pass, and only where the ReLU was active

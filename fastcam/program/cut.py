@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +14,7 @@ from .execute import Schedule
 from .fold import fold_norms
 from .multipliers import Walk
 from .nodes import LEAVES, Ref, op_name
-from .relevance import RelevanceWalk
-from .relevance import known as known_relevance
+from .relevance import Composer, RelevanceWalk
 from .rescale import known
 from .reveal_cancel import SignedWalk
 
@@ -41,6 +39,7 @@ class Cut:
     head     everything from the feature map to the output
     affine   the head's closed form, or None
     sizes    values that enter the head beside the features and are the batch size
+    packed   whether batch norms are folded and, on the CPU, weights packed: values of leaves are kept between calls
     bypass   values beside the features that follow from the images and enter the head, or are outputs
     """
 
@@ -76,17 +75,16 @@ class Cut:
         rearranged = program.ancestors(crossing - self.sizes) if not self.bypass else set()
         self._probe = Schedule(program, head | rearranged, outputs, in_place=False)
         self._entering = crossing | aside | self.bypass
-        self._packed = packed
+        self.packed = packed
         self._walk: tuple[int, Walk] | None = None
         self._signed: tuple[int, SignedWalk] | None = None
         self._biases: Biases | None = None
-        self._relevance: weakref.WeakKeyDictionary[Any, dict[Any, RelevanceWalk]] = weakref.WeakKeyDictionary()
 
     def walk(self) -> Walk:
         """The way back through the head; UnsupportedOpError where a step has no Rescale rule."""
         rules = known()
         if self._walk is None or self._walk[0] != rules:
-            made = Walk(self.program, self.feature, self._head_nodes, self.sizes, self._packed)
+            made = Walk(self.program, self.feature, self._head_nodes, self.sizes, self.packed)
             self._walk = (rules, made)
         return self._walk[1]
 
@@ -104,11 +102,6 @@ class Cut:
         return self._biases
 
     @property
-    def packed(self) -> bool:
-        """Whether weights are kept from call to call."""
-        return self._packed
-
-    @property
     def starts(self) -> list[int]:
         """Where relevance starts: the outputs, a softmax at the very end left out."""
         found = []
@@ -120,31 +113,25 @@ class Cut:
                 found.append(node.index)
         return found
 
-    def relevance_walk(self, composer: Any, below: bool) -> RelevanceWalk:
-        """The way of relevance down to the feature map, or from there to the image.
+    def relevance_walk(self, composer: Composer, below: bool) -> RelevanceWalk:
+        """The way of relevance down to the feature map, or from there to the image; made anew at every call.
 
         Raises UnsupportedOpError for a step without a rule.
         """
-        kept = self._relevance.setdefault(composer, {})
-        key = (below, known_relevance())
-        if key not in kept:
-            if below:
-                stop, ends = self.program.input, self._survive
-                nodes = [self.program.nodes[i] for i in sorted(self._before)]
-                nodes = [node for node in nodes if node.kind not in LEAVES and node.index != stop]
-                sizes: frozenset[int] = frozenset()
-            else:
-                stop, sizes = self.feature, self.sizes
-                starts = frozenset(self.starts)
-                ends = self.program.output_indices | starts
-                # A softmax after the start gets no relevance, and needs no rule.
-                after = set().union(*(self.program.descendants(i) - {i} for i in starts)) - starts
-                rest = [node for node in self._head_nodes if node.index in after]
-                nodes = [node for node in self._head_nodes if node.index not in after]
-                kept[key] = RelevanceWalk(self.program, stop, nodes, sizes, composer, ends, self._packed, rest)
-                return kept[key]
-            kept[key] = RelevanceWalk(self.program, stop, nodes, sizes, composer, ends, self._packed)
-        return kept[key]
+        nodes, rest = self._head_nodes, []
+        stop, sizes, ends = self.feature, self.sizes, self.program.output_indices
+        if below:
+            stop, sizes, ends = self.program.input, frozenset(), self._survive
+            before = [self.program.nodes[i] for i in sorted(self._before)]
+            nodes = [node for node in before if node.kind not in LEAVES and node.index != stop]
+        else:
+            starts = frozenset(self.starts)
+            ends |= starts
+            # A softmax after the start gets no relevance, and needs no rule.
+            after = set().union(*(self.program.descendants(i) - {i} for i in starts)) - starts
+            rest = [node for node in nodes if node.index in after]
+            nodes = [node for node in nodes if node.index not in after]
+        return RelevanceWalk(self.program, stop, nodes, sizes, composer, ends, self.packed, rest)
 
     def entering(self, values: Mapping[int, Any]) -> dict[int, Any]:
         """What enters the head beside the features and weights, out of the trunk's values."""

@@ -20,6 +20,7 @@ from .layers import find_layer
 from .multipliers import Recorded, one_for_all
 from .nodes import Ref
 from .relevance import Passed, RelevanceWalk
+from .relevance import known as known_relevance
 from .rescale import known
 from .reveal_cancel import SignedWalk
 from .state import neutral_modes
@@ -50,6 +51,14 @@ class Bound:
         self.model = model
         self.weights = Weights(made.program, model, precision, channels_last, lasting=made.packed)
         self.references: OrderedDict[Hashable, Reference] = OrderedDict()
+        self._walk: tuple[Backward, int, RelevanceWalk] | None = None
+
+    def relevance_walk(self, needs: Backward) -> RelevanceWalk:
+        """The way of relevance, kept from call to call: an explainer's method has one."""
+        rules = known_relevance()
+        if self._walk is None or self._walk[0] is not needs or self._walk[1] != rules:
+            self._walk = (needs, rules, self.cut.relevance_walk(needs.composer, needs.below))
+        return self._walk[2]
 
     def session(self, folded: Callable[[], Bound] | None = None) -> CapturedSession:
         """The network with the weights of this moment; `folded` gives its folded twin where this one is not."""
@@ -80,22 +89,32 @@ class Bindings:
         self._kept = weakref.WeakKeyDictionary()
 
     def session(
-        self, program: Program, feature: int, layer: str, own: torch.dtype, foldable: bool = True, fold: bool = False
+        self,
+        program: Program,
+        feature: int,
+        layer: str,
+        own: torch.dtype,
+        foldable: bool = True,
+        fold: bool = False,
+        wide: bool = False,
     ) -> CapturedSession:
         """`program` at value `feature`, with the weights of this moment; `own` is the model's dtype.
 
         foldable, fold  whether batch norms may be folded into convolutions; whether they must be
+        wide            run a float16 network in float32: what is divided by small numbers leaves float16's range
         """
         # A run that converts the weights may as well fold the batch norms; the plain one gives the model's own bits.
         converted = fold or (foldable and (self._precision is not None or self._channels_last))
-        bound = self._bound(cut(program, feature, layer, folded=converted), own)
+        bound = self._bound(cut(program, feature, layer, folded=converted), own, wide)
         if converted:
             return bound.session()
         return bound.session(lambda: self._bound(cut(program, feature, layer, folded=True), own))
 
-    def _bound(self, made: Cut, own: torch.dtype) -> Bound:
+    def _bound(self, made: Cut, own: torch.dtype, wide: bool = False) -> Bound:
         if made not in self._kept:
-            self._kept[made] = Bound(made, self._model, own, self._precision, self._channels_last, self._compiled)
+            half = (self._precision or own) == torch.float16
+            precision = torch.float32 if wide and half else self._precision
+            self._kept[made] = Bound(made, self._model, own, precision, self._channels_last, self._compiled)
         return self._kept[made]
 
 
@@ -121,7 +140,7 @@ class CapturedSession(Session):
             return self._for_relevance(images, needs)
         walked: tuple[RelevanceWalk, Passed] | None = None
         if isinstance(needs, Backward):
-            walk_below = self.cut.relevance_walk(needs.composer, below=True)
+            walk_below = self.bound.relevance_walk(needs)
             with neutral_modes():
                 passed = walk_below.record(self._prepared(images), self.leaves, len(images))
             walked, values, needs = (walk_below, passed), dict(passed.values), "gradients"
@@ -153,7 +172,7 @@ class CapturedSession(Session):
 
     def _for_relevance(self, images: Tensor, needs: Backward) -> CapturedForward:
         values = self._trunk(images)
-        walk = self.cut.relevance_walk(needs.composer, below=False)
+        walk = self.bound.relevance_walk(needs)
         features, entering = values[self.cut.feature], self.cut.entering(values)
         with neutral_modes():
             passed = walk.record(features, self.leaves | entering, len(images))

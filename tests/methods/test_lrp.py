@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import pickle
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -422,7 +426,10 @@ def test_channels_last_bf16_and_half(method):
     assert half.dtype == torch.float32
     assert similarity(half) > 0.9
     sixteen = fastcam.Explainer(model, method, precision="fp16")(images, TARGETS).maps
-    assert similarity(sixteen) > 0.999
+    assert similarity(sixteen) > 0.9999  # a float16 network is walked in float32
+    own = fastcam.attribute(vgg_like().half(), images.half(), method, targets=TARGETS)
+    assert own.scores.dtype == torch.float32
+    assert similarity(own.maps) > 0.999  # its weights are rounded
 
 
 def test_the_model_is_left_as_it_was():
@@ -435,3 +442,38 @@ def test_the_model_is_left_as_it_was():
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("method", ["lrp", "attribution_equilibrium", "rap", "guided_backprop"])
+def test_an_explainer_that_is_gone_leaves_nothing_with_the_model(method):
+    model = vgg_like()
+    explainer = fastcam.Explainer(model, method)
+    explainer(IMAGES.float(), 0)
+    copied = pickle.loads(pickle.dumps(explainer))
+    composer = weakref.ref(explainer.options.needed("features").composer)
+    assert torch.equal(copied(IMAGES.float(), 0).maps, explainer(IMAGES.float(), 0).maps)
+    del explainer
+    gc.collect()
+    assert composer() is None
+
+
+def test_reshape_transform_moves_relevance_too():
+    class Last(nn.Module):
+        """Channels last between the convolutions, as some transformers' blocks are."""
+
+        def __init__(self):
+            super().__init__()
+            self.stem, self.mix, self.head = nn.Conv2d(3, 6, 3), nn.Linear(6, 6), nn.Linear(6, 5)
+
+        def forward(self, x):
+            return self.head(functional.relu(self.mix(functional.relu(self.stem(x)).permute(0, 2, 3, 1))).mean((1, 2)))
+
+    model = seeded(Last).double()
+    settings = {"targets": TARGETS, "layer": "mix", "normalize": False, "size": "layer", "return_relevance": True}
+    found = fastcam.attribute(
+        model, IMAGES, "relevance_cam", reshape_transform=lambda t: t.permute(0, 3, 1, 2), **settings
+    )
+    assert found.extra["relevance"].shape == (3, 6, 30, 30)
+    torch.testing.assert_close(found.weights, found.extra["relevance"].mean((2, 3)))
+    with pytest.raises(ValueError, match="reshape_transform"):
+        fastcam.Explainer(model, "attribution_equilibrium", reshape_transform=lambda t: t)

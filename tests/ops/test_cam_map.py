@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-import fastcam
 from fastcam import ops
 from fastcam._testing.ops import DTYPES, LAYOUTS, assert_rms, make, to_float64, usable_backends
 
@@ -85,12 +84,6 @@ def check(features, weights, reference=None, relu=True, normalize=True, size=Non
     assert (error <= limit).all(), f"maps: error {error.max():.3g}, limit {limit.min():.3g}"
     assert to_float64(maps).min(initial=0) >= 0
     assert to_float64(maps).max(initial=0) <= 1
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with fastcam.backend(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

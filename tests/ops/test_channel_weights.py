@@ -9,11 +9,9 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-import fastcam
 from fastcam import ops
-from fastcam._testing.ops import DTYPES, LAYOUTS, make, to_float64, usable_backends
+from fastcam._testing.ops import DTYPES, LAYOUTS, make, to_float64
 
-BACKENDS = usable_backends()
 MODES = ("mean", "sum", "xgrad", "grad_cam_pp")
 OP = torch.ops.fastcam.channel_weights.default
 
@@ -65,12 +63,6 @@ def check(features, multipliers, reference=None) -> None:
         assert (error <= rate * sensitivity).all(), (
             f"{mode}: error {worst:.3g} per unit of sensitivity, limit {rate:.3g}"
         )
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with fastcam.backend(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import fastcam
 from fastcam import ops
 from fastcam._testing.kernel_cases import check_mask_by_features
 from fastcam._testing.ops import DTYPES, LAYOUTS, make, usable_backends
@@ -27,12 +26,6 @@ def check(images, features, *arguments, **options) -> None:
     assert torch.equal(features, before[1])
     inputs = {x.untyped_storage().data_ptr() for x in (images, features) if x.numel()}
     assert not result.numel() or result.untyped_storage().data_ptr() not in inputs
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with fastcam.backend(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,9 +8,8 @@ import random
 import pytest
 import torch
 
-import fastcam
 from fastcam import ops
-from fastcam._testing.ops import DTYPES, LAYOUTS, make, usable_backends
+from fastcam._testing.ops import DTYPES, LAYOUTS, make
 from fastcam._testing.relevance import (
     SHAPES,
     assert_elementwise,
@@ -24,14 +23,7 @@ from fastcam._testing.relevance import (
     with_zeros,
 )
 
-BACKENDS = usable_backends()
 OP = torch.ops.fastcam.relevance_add.default
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with fastcam.backend(request.param):
-        yield request.param
 
 
 def check(relevance, first, second, factor=None, epsilon=1e-6) -> None:

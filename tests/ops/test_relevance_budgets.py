@@ -9,19 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-import fastcam
 from fastcam import ops
-from fastcam._testing.ops import DTYPES, LAYOUTS, make, to_float64, usable_backends
+from fastcam._testing.ops import DTYPES, LAYOUTS, make, to_float64
 from fastcam._testing.relevance import SHAPES, assert_elementwise, assert_refuses_grad, assert_repeatable, fuzzed
 
-BACKENDS = usable_backends()
 OP = torch.ops.fastcam.relevance_budgets.default
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with fastcam.backend(request.param):
-        yield request.param
 
 
 def check(relevance) -> None:

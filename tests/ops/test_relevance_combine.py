@@ -11,7 +11,7 @@ import torch
 
 import fastcam
 from fastcam import ops
-from fastcam._testing.ops import DTYPES, LAYOUTS, make, to_float64, usable_backends
+from fastcam._testing.ops import DTYPES, LAYOUTS, make, to_float64
 from fastcam._testing.relevance import (
     SHAPES,
     assert_elementwise,
@@ -24,14 +24,7 @@ from fastcam._testing.relevance import (
     with_zeros,
 )
 
-BACKENDS = usable_backends()
 OP = torch.ops.fastcam.relevance_combine.default
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with fastcam.backend(request.param):
-        yield request.param
 
 
 def check(inputs, parts, budgets, shift=True, threshold=0.0) -> None:

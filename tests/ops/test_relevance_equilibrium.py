@@ -11,7 +11,7 @@ import torch
 
 import fastcam
 from fastcam import ops
-from fastcam._testing.ops import DTYPES, LAYOUTS, make, usable_backends
+from fastcam._testing.ops import DTYPES, LAYOUTS, make
 from fastcam._testing.relevance import (
     SHAPES,
     assert_elementwise,
@@ -25,14 +25,7 @@ from fastcam._testing.relevance import (
     with_zeros,
 )
 
-BACKENDS = usable_backends()
 OP = torch.ops.fastcam.relevance_equilibrium.default
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with fastcam.backend(request.param):
-        yield request.param
 
 
 def check(relevance, budgets, divisors, ratio=2.0) -> None:

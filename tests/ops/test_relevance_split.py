@@ -11,7 +11,7 @@ import torch
 
 import fastcam
 from fastcam import ops
-from fastcam._testing.ops import DTYPES, LAYOUTS, make, usable_backends
+from fastcam._testing.ops import DTYPES, LAYOUTS, make
 from fastcam._testing.relevance import (
     SHAPES,
     assert_elementwise,
@@ -24,15 +24,8 @@ from fastcam._testing.relevance import (
     with_zeros,
 )
 
-BACKENDS = usable_backends()
 RULES = ("alpha_beta", "gamma", "rap")
 OP = torch.ops.fastcam.relevance_split.default
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with fastcam.backend(request.param):
-        yield request.param
 
 
 def messages(rule, r, z, p, first, second, epsilon, eps) -> tuple[float, float]:

@@ -11,11 +11,9 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import leaky_relu
 
-import fastcam
 from fastcam import ops
-from fastcam._testing.ops import DTYPES, LAYOUTS, arranged, make, to_float64, usable_backends
+from fastcam._testing.ops import DTYPES, LAYOUTS, arranged, make, to_float64
 
-BACKENDS = usable_backends()
 SLOPES = (0.0, 0.01, 1.0, -0.5)
 OP = torch.ops.fastcam.rescale_multipliers.default
 
@@ -56,12 +54,6 @@ def check(multipliers, inputs, reference, slope=0.0) -> None:
         limit = limit + 0.5 * out.eps * np.maximum(np.abs(expected), out.smallest_normal)
     error = np.abs(to_float64(result) - expected)
     assert (error <= limit).all(), f"error {error.max():.3g}, {(error > limit).sum()} of {error.size} beyond the limit"
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    with fastcam.backend(request.param):
-        yield request.param
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

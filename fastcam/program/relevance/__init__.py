@@ -18,11 +18,12 @@ from .rules import (
     ZBox,
     ZPlus,
 )
-from .walk import Passed, RelevanceWalk, known, register_relevance_rule
+from .walk import Composer, Passed, RelevanceWalk, known, register_relevance_rule
 
 __all__ = [
     "COMPOSITES",
     "AlphaBeta",
+    "Composer",
     "Composite",
     "Epsilon",
     "Flat",

@@ -180,6 +180,8 @@ def _proportional(
     walk: RelevanceWalk, step: StepView, given: list[Any], branch: int, shortcut: int, meeting: int
 ) -> Given:
     """Both operands in proportion to their magnitudes, walked apart to where they meet and put together there."""
+    if branch == shortcut:
+        return {branch: given}
     along, aside = step.get(branch).abs(), step.get(shortcut).abs()
     total = along + aside
     share = torch.where(total == 0, 0.5, along / total)
@@ -187,8 +189,6 @@ def _proportional(
     parts = [share * r for r in whole]
     rest = [r - one for r, one in zip(whole, parts, strict=True)]
     weights = [_ratio(_size(one), _size(r)) for one, r in zip(parts, whole, strict=True)]
-    if branch == shortcut:
-        return {branch: given}
     down = _walked(walk, step, branch, meeting, parts)
     short = _walked(walk, step, shortcut, meeting, rest)
     found = []

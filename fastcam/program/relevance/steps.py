@@ -105,9 +105,7 @@ def max_pool(step: StepView, rule: Rule, given: list[Any]) -> Given:
     if share == "winner":
         return {step.source: [Relevance(r) for r in pulled_back(step, x, given)]}
     sizes, options = _window(step.node, x)
-    rank = len(sizes)
-    pool = (torch.nn.functional.unfold, None)[0] if rank == 2 else None
-    if pool is None or step.node.args[0] != Ref(step.source):
+    if len(sizes) != 2:
         raise NotImplementedError(f"max_pool={share!r} is there for two dimensions; use 'winner'")
     return {step.source: [Relevance(_shared(x, r, sizes, options, share)) for r in given]}
 
@@ -135,8 +133,7 @@ def _shared(x: Tensor, r: Tensor, kernel: tuple[int, ...], options: dict[str, An
     images = x.reshape(b * c, 1, *size)
     inside = unfold(torch.ones_like(images[:1]), kernel, **options) > 0  # padding is none of the window's own
     values = unfold(images, kernel, **options)
-    # A window that reaches beyond the last column (ceil_mode) has no column here; torch's own pool is asked for the
-    # rest.
+    # unfold makes no window that reaches beyond the last row or column (ceil_mode).
     columns = r.reshape(b * c, 1, -1)
     if columns.shape[-1] != values.shape[-1]:
         raise NotImplementedError("ceil_mode windows have no rule but max_pool='winner'")
