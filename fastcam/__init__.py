@@ -11,6 +11,7 @@ from typing import Any
 from fastcam.backends import backend, backends
 from fastcam.explainer import Attribution, Explainer, attribute
 from fastcam.methods import methods
+from fastcam.pairs import Gallery, PairAttribution, PairExplainer, attribute_pair
 from fastcam.program.relevance import register_relevance_rule
 from fastcam.program.rescale import UnsupportedOpError, register_rescale_rule
 
@@ -18,14 +19,18 @@ __version__ = "0.1.0"
 __all__ = [
     "Attribution",
     "Explainer",
+    "Gallery",
+    "PairAttribution",
+    "PairExplainer",
     "UnsupportedOpError",
     "__version__",
     "attribute",
+    "attribute_pair",
     "backend",
     "backends",
     "methods",
 ]
-__all__ += ["ops", "register_relevance_rule", "register_rescale_rule", "relevance"]
+__all__ += ["nn", "ops", "register_relevance_rule", "register_rescale_rule", "relevance"]
 
 
 def _adopt_checkout_kernels(pkg: str = __name__) -> None:
@@ -49,6 +54,6 @@ _adopt_checkout_kernels()
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("ops", "relevance"):
+    if name in ("nn", "ops", "relevance"):
         return importlib.import_module(f"fastcam.{name}")
     raise AttributeError(f"module 'fastcam' has no attribute {name!r}")

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import math
-import warnings
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,29 +11,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastcam import methods as registry
+from fastcam._network import Network, check_images, nonfinite_message, warn_if_training
+from fastcam.methods import single
 from fastcam.methods._maps import finish
 from fastcam.methods._method import CamOptions, Passage, Pixels
-from fastcam.program.capture import CaptureError, capture
 from fastcam.program.forward import Backward, Forward, Session
-from fastcam.program.hooks import hook_session
-from fastcam.program.layers import LayerNotInProgram, check_spatial, find_layer, layer_names, layer_of
-from fastcam.program.session import Bindings
-from fastcam.program.state import neutral_modes, unwrap
+from fastcam.program.layers import check_spatial
+from fastcam.program.state import neutral_modes
 from fastcam.program.targets import Targets, TargetSpec, resolve_targets
 
 __all__ = ["Attribution", "Explainer", "attribute"]
-
-log = logging.getLogger("fastcam")
-
-_PRECISIONS = {
-    "fp64": torch.float64,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
-#: What has been said about each model, so that it is said once.
-_told: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +61,7 @@ class Attribution:
         return f"Attribution(method={self.method!r}, layer={self.layer!r}, maps=({shape}) {self.maps.dtype})"
 
 
-class Explainer:
+class Explainer(Network):
     """A method bound to a model; keeps the capture, the head's analysis and converted weights between calls.
 
         explainer = fastcam.Explainer(model, "lift_cam")
@@ -119,34 +103,26 @@ class Explainer:
         compile: bool = False,
         **options: Any,
     ):
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module; got {type(model).__name__}")
-        if isinstance(model, torch.jit.ScriptModule):
-            raise TypeError("a TorchScript model cannot be looked into; pass the torch.nn.Module it was made from")
-        if precision is not None and precision not in _PRECISIONS:
-            raise ValueError(f"precision must be None or one of {', '.join(_PRECISIONS)}; got {precision!r}")
-        self.model = unwrap(model)
-        self.method = registry.get(method)
+        super().__init__(
+            model,
+            layer=layer,
+            size=size,
+            normalize=normalize,
+            precision=precision,
+            channels_last=channels_last,
+            compile=compile,
+        )
+        self.method = single(method)
         self.options = self.method.make_options(options)
-        self.normalize = normalize
-        self.size = _check_size(size)
-        if layer is not None:
-            layer_names(self.model, layer)  # an unknown layer is an error now, not at the first call
-        self.layer = layer
-        self.precision = precision
-        self.channels_last = channels_last
-        self.compile = compile
         self.pixels = _check_pixels(mean, std)
-        dtype = None if precision is None else _PRECISIONS[precision]
-        self._bindings = Bindings(self.model, dtype, channels_last, compile)
 
     def __repr__(self) -> str:
         return f"Explainer({type(self.model).__name__}, {self.method.name!r}, layer={self.layer!r})"
 
     def __call__(self, images: torch.Tensor, targets: TargetSpec = None) -> Attribution:
         """Attribution maps of `images` (B, C, *spatial) for `targets`, documented at `fastcam.attribute`."""
-        _check_images(images)
-        _warn_if_training(self.model)
+        check_images(images)
+        warn_if_training(self.model)
         if images.shape[0] == 0:
             return self._empty(images, targets)
         with neutral_modes():
@@ -164,7 +140,7 @@ class Explainer:
             features = options.reshape_transform(features)
         check_spatial((None, *features.shape[1:]), passed.layer, images.ndim - 2, options.reshape_transform is not None)
         at_image = isinstance(needs, Backward) and needs.below
-        size = self._map_size(images, images if at_image else features, passed.layer)
+        size = self._map_size(images.shape[2:], images if at_image else features, passed.layer)
         passage = Passage(passed, images, features, resolved, options, self.pixels)
         evidence = self.method.evidence(passage, options)
         relu = isinstance(options, CamOptions) and options.relu
@@ -187,69 +163,8 @@ class Explainer:
         )
 
     def _session(self, images: torch.Tensor) -> Session:
-        """The network at the layer: captured where possible, else through a hook."""
-        parameter = next((p for p in self.model.parameters() if p.is_floating_point()), None)
-        _check_match(images, parameter, self.precision)
-        own = parameter.dtype if parameter is not None else images.dtype
-        try:
-            program = capture(self.model, images.to(own))
-            layer: Any = self.layer
-            if layer is None and self.method.start is not None:
-                layer = self.method.start(program, self.model, images.ndim - 2)
-            if layer is None and self.method.pixels:
-                feature, name = program.input, "input"
-            elif isinstance(layer, int):
-                feature, name = layer, layer_of(program, layer)
-            else:
-                reshaped = self.options.reshape_transform is not None
-                feature, name = find_layer(program, self.model, layer, images.ndim - 2, reshaped)
-        except (CaptureError, LayerNotInProgram) as reason:
-            return self._hooked(images, str(reason))
-        needs = self.options.needed(self.method.needs)
-        # Folding norms into convolutions would take away the biases a method asks for.
-        walked = isinstance(needs, Backward)
-        fold = isinstance(needs, Backward) and needs.folded
-        foldable = fold or (needs != "biases" and not walked)
-        return self._bindings.session(program, feature, name, own, foldable, fold, wide=walked)
-
-    def _hooked(self, images: torch.Tensor, reason: str) -> Session:
-        needs = self.options.needed(self.method.needs)
-        unmet = [
-            text
-            for text, asked in (
-                (f"precision={self.precision!r}", self.precision is not None),
-                ("channels_last=True", self.channels_last),
-                ("compile=True", self.compile),
-                (
-                    f"method '{self.method.name}'",
-                    isinstance(needs, Backward) or needs == "multipliers" or self.method.pixels,
-                ),
-            )
-            if asked
-        ]
-        if unmet:
-            raise RuntimeError(
-                f"{' and '.join(unmet)} needs a captured network, but {reason}; "
-                "methods by gradients at a layer, like 'grad_cam', do without"
-            )
-        if _first_time(self.model, reason):
-            log.warning("%s is explained through a forward hook: %s", type(self.model).__name__, reason)
-        return hook_session(self.model, self.layer, images, reason)
-
-    def _map_size(self, images: torch.Tensor, features: torch.Tensor, layer: str) -> tuple[int, ...] | None:
-        if math.prod(features.shape[2:]) == 1 and self.normalize:
-            raise ValueError(
-                f"layer '{layer}' has a single position, whose min-max scaled map says nothing; "
-                "choose a layer with spatial extent, or pass normalize=False"
-            )
-        if self.size == "layer":
-            return None
-        if self.size == "input":
-            return tuple(images.shape[2:])
-        size = tuple(int(s) for s in self.size)
-        if len(size) != images.ndim - 2:
-            raise ValueError(f"size={size} does not fit images with {images.ndim - 2} spatial dimensions")
-        return size
+        method, needs = self.method, self.options.needed(self.method.needs)
+        return self._network_at(images, method.name, self.options, needs, pixels=method.pixels, start=method.start)
 
     def _check_finite(
         self,
@@ -274,7 +189,7 @@ class Explainer:
             if targets.valid is not None and not bool(targets.valid.all()):
                 raise IndexError(f"a target of image {int((~targets.valid).nonzero()[0])} is out of range")
             if not bool(valid.all()):
-                raise ValueError(_nonfinite_message(valid, features, output, passed.layer, self.method.name))
+                raise ValueError(nonfinite_message(valid, features, output, passed.layer, self.method.name))
             return maps, raw, valid
         keep = valid.reshape(-1, *(1,) * (maps.ndim - 1))
         zero = maps.new_zeros(())
@@ -332,62 +247,6 @@ def attribute(
     return Explainer(model, method, **settings, **options)(images, targets)
 
 
-def _check_images(images: Any) -> None:
-    if not isinstance(images, torch.Tensor):
-        raise TypeError(f"images must be a torch.Tensor (B, C, *spatial); got {type(images).__name__}")
-    if not images.is_floating_point():
-        raise TypeError(f"images must be floating point, prepared as the model expects; got {images.dtype}")
-    if images.ndim not in (3, 4, 5):
-        raise ValueError(
-            f"images must be (B, C, L), (B, C, H, W) or (B, C, D, H, W); got shape {tuple(images.shape)}"
-            + (", is the batch dimension missing?" if images.ndim == 2 else "")
-        )
-    if 0 in images.shape[1:]:
-        raise ValueError(f"images of shape {tuple(images.shape)} hold no pixels")
-
-
-def _check_match(images: torch.Tensor, parameter: torch.Tensor | None, precision: str | None) -> None:
-    if parameter is None:
-        return
-    if parameter.is_inference():
-        raise RuntimeError(
-            "the model's parameters were made under torch.inference_mode() and can take part in no gradient; "
-            "explain a copy made outside it: copy.deepcopy(model)"
-        )
-    if parameter.device != images.device:
-        raise ValueError(f"images are on {images.device} and the model is on {parameter.device}; move one to the other")
-    mixed = precision is not None or torch.is_autocast_enabled(images.device.type)
-    if parameter.dtype != images.dtype and not mixed:
-        raise TypeError(
-            f"images are {images.dtype} and the model's parameters are {parameter.dtype}; "
-            "convert the images, or pass precision= to run the network in another precision"
-        )
-
-
-def _warn_if_training(model: nn.Module) -> None:
-    if any(module.training for module in model.modules()) and _first_time(model, "train mode"):
-        warnings.warn(
-            f"{type(model).__name__} is in train mode; it is explained as in evaluation mode and left as it is",
-            stacklevel=3,
-        )
-
-
-def _first_time(model: nn.Module, topic: str) -> bool:
-    told = _told.setdefault(model, set())
-    first = topic not in told
-    told.add(topic)
-    return first
-
-
-def _check_size(size: Any) -> Any:
-    if size in ("input", "layer") if isinstance(size, str) else False:
-        return size
-    numbers = isinstance(size, (tuple, list)) and all(isinstance(s, int) and not isinstance(s, bool) for s in size)
-    if not numbers or not size or min(size) < 1:
-        raise ValueError(f"size must be 'input', 'layer' or positive integers (H, W); got {size!r}")
-    return tuple(size)
-
-
 def _check_pixels(mean: Any, std: Any) -> Pixels:
     if (mean is None) != (std is None):
         raise ValueError("mean and std belong together; pass both, or neither for ImageNet's")
@@ -397,18 +256,3 @@ def _check_pixels(mean: Any, std: Any) -> Pixels:
     if len(mean) != len(std) or not all(math.isfinite(x) for x in mean + std) or not all(x > 0 for x in std):
         raise ValueError(f"mean and std must hold as many finite numbers each, std positive; got {mean} and {std}")
     return Pixels(mean, std)
-
-
-def _nonfinite_message(valid: torch.Tensor, features: torch.Tensor, output: Any, layer: str, method: str) -> str:
-    image = int((~valid).nonzero()[0])
-    count = int((~valid).sum())
-    if not bool(features[image].isfinite().all()):
-        what = f"the features of layer '{layer}' are"
-    elif isinstance(output, torch.Tensor) and not bool(output[image].isfinite().all()):
-        what = "the model's output is"
-    else:
-        what = f"the {method} map at layer '{layer}' is"
-    return (
-        f"{what} not finite for image {image} ({count} of {len(valid)} images affected); "
-        "check the images and weights for NaN, infinity or overflow, or pass on_nonfinite='mask' to get zeros there"
-    )

@@ -19,24 +19,28 @@ from . import (
     grad_cam_pp,
     hires_cam,
     layer_cam,
+    lfi_cam,
     lift_cam,
     lrp,
     rap,
     relevance_cam,
     score_cam,
+    sfam,
     shap_cam,
     smooth_grad_cam_pp,
     xgrad_cam,
 )
-from ._method import CamOptions, Evidence, Method, Passage
+from ._method import CamOptions, Evidence, Method, PairMethod, Passage
 
-__all__ = ["CamOptions", "Evidence", "Method", "Passage", "get", "methods"]
+__all__ = ["CamOptions", "Evidence", "Method", "PairMethod", "Passage", "get", "methods", "pair", "single"]
 
-_METHODS: dict[str, Method] = {
+_METHODS: dict[str, Method | PairMethod] = {
     method.name: method
     for method in (
         lift_cam.METHOD,
         a_fmi.METHOD,
+        sfam.METHOD,
+        lfi_cam.METHOD,
         attribution_equilibrium.METHOD,
         cam.METHOD,
         grad_cam.METHOD,
@@ -65,7 +69,7 @@ _METHODS: dict[str, Method] = {
 }
 
 
-def get(name: str) -> Method:
+def get(name: str) -> Method | PairMethod:
     """The method called `name`; ValueError with the closest names for one that does not exist."""
     if name not in _METHODS:
         close = difflib.get_close_matches(str(name), _METHODS, n=1)
@@ -74,12 +78,33 @@ def get(name: str) -> Method:
     return _METHODS[name]
 
 
+def single(name: str) -> Method:
+    """The method called `name`, which explains images one by one; ValueError for one of pairs, or as `get`."""
+    method = get(name)
+    if isinstance(method, PairMethod):
+        raise ValueError(
+            f"method '{name}' explains pairs of images: call fastcam.attribute_pair(model, a, b, '{name}')"
+        )
+    return method
+
+
+def pair(name: str) -> PairMethod:
+    """The method called `name`, which explains pairs; ValueError for one of single images, or as `get`."""
+    method = get(name)
+    if isinstance(method, PairMethod):
+        return method
+    known = ", ".join(key for key, value in _METHODS.items() if isinstance(value, PairMethod))
+    raise ValueError(f"method '{name}' explains images one by one (fastcam.attribute); methods for pairs: {known}")
+
+
 def methods() -> dict[str, dict[str, Any]]:
-    """Every method by name: a one-line `summary`, its `source`, and its `options` with their defaults."""
+    """Every method by name: a one-line `summary`, its `source`, what it `explains` ("images", for most), and its `options`
+    with their defaults."""
     return {
         name: {
             "summary": method.summary,
             "source": method.source,
+            "explains": method.explains,
             "options": {field.name: field.default for field in dataclasses.fields(method.options) if field.init},
         }
         for name, method in _METHODS.items()

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from fastcam.program.forward import Forward, Needs, Reference, Relevances, score_slopes
-from fastcam.program.targets import Targets, scores_of
+from fastcam.program.targets import Targets, class_scores, scores_of
 
-__all__ = ["CamOptions", "Evidence", "Method", "MethodOptions", "Passage", "Pixels"]
+__all__ = ["CamOptions", "Evidence", "Method", "MethodOptions", "PairMethod", "Passage", "Pixels", "Shares"]
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Passage:
         output = torch.utils._pytree.tree_map_only(Tensor, lambda t: _rows(t, batch), output)
         if self.targets.indices is not None:
             chosen = self.targets.indices
-            found = output.gather(1, chosen if chosen.ndim == 2 else chosen.unsqueeze(1))
+            found = class_scores(output).gather(1, chosen if chosen.ndim == 2 else chosen.unsqueeze(1))
             return found if chosen.ndim == 2 else found.squeeze(1)
         return scores_of(output, self.targets, None, batch, self.layer, differentiable=False)
 
@@ -251,6 +251,59 @@ class Evidence:
 
 
 @dataclass(frozen=True)
+class Shares:
+    """A similarity split over embedding channels.
+
+    contributions  (B, D) what each channel contributes
+    weights        (B, D) the same for both images
+    score          (B,) the similarity: cosine, or minus the squared distance
+    """
+
+    contributions: Tensor
+    weights: Tensor
+    score: Tensor
+
+
+def _options(method: Any, given: dict[str, Any]) -> Any:
+    """The options dataclass of a method with `given` filled in; TypeError for a name it does not know."""
+    known = [f.name for f in dataclasses.fields(method.options) if f.init]
+    for name in given:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise TypeError(f"method '{method.name}' has no option {name!r}; {hint}its options are: {', '.join(known)}")
+    return method.options(**given)
+
+
+@dataclass(frozen=True)
+class PairMethod:
+    """A row of the registry that explains the similarity of two images (`fastcam.attribute_pair`).
+
+    name       what users pass as `method=`
+    summary    one line
+    source     paper
+    shares     (embeddings (B, D), embeddings (B, D), options, whether the network normalises them) -> `Shares`
+    among      (embeddings (B, D), embeddings (B, S, D), chosen (B, S), options, ...) -> `Shares` of one among several
+    options    the dataclass of its options, defaults included
+    explains   "pairs of images"
+    certainty  what of it is reconstructed rather than read in the source
+    """
+
+    name: str
+    summary: str
+    source: str
+    shares: Callable[..., Shares]
+    among: Callable[..., Shares]
+    options: type[CamOptions] = CamOptions
+    explains: str = "pairs of images"
+    certainty: str | None = None
+
+    def make_options(self, given: dict[str, Any]) -> Any:
+        """The options dataclass with `given` filled in; TypeError for a name the method does not know."""
+        return _options(self, given)
+
+
+@dataclass(frozen=True)
 class Method:
     """A row of the registry.
 
@@ -265,6 +318,7 @@ class Method:
     signed     whether normalised maps are divided by their largest magnitude, to [-1, 1], rather than min-max scaled
     start      (program, model, spatial dimensions) -> the layer that layer=None stands for, a name or the index of a
                value; None: the last feature map, or the input
+    explains   "images", of any network, or what else
     certainty  what of it is reconstructed rather than read in the source, where that is so
     """
 
@@ -276,17 +330,11 @@ class Method:
     options: type[MethodOptions] = CamOptions
     pixels: bool = False
     signed: bool = False
-    start: Callable[[Any, Any, int], int | str] | None = None
+    start: Callable[[Any, Any, int], int | str | None] | None = None
+    explains: str = "images"
     certainty: str | None = None
 
     def make_options(self, given: dict[str, Any]) -> MethodOptions:
         """The options dataclass with `given` filled in; TypeError for a name the method does not know."""
-        known = [f.name for f in dataclasses.fields(self.options) if f.init]
-        for name in given:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]!r}? " if close else ""
-                raise TypeError(
-                    f"method '{self.name}' has no option {name!r}; {hint}its options are: {', '.join(known)}"
-                )
-        return self.options(**given)
+        options: MethodOptions = _options(self, given)
+        return options

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastcam._dtypes import accumulation_dtype
-from fastcam.program.targets import Targets, scores_of
+from fastcam.program.targets import Targets, class_scores, scores_of
 
 from ._method import Passage
 
@@ -94,6 +94,7 @@ def perturbed_scores(
         size = min(chunk, total - start)
         output = run(start, size)
         if targets.indices is not None:
+            output = class_scores(output)
             pairs = (
                 torch.arange(start, start + size, device=output.device) if only is None else only.pairs[start:][:size]
             )

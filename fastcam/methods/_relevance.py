@@ -46,6 +46,8 @@ def columns(passage: Passage) -> list[Tensor]:
     indices = passage.targets.indices
     if indices is None:
         raise TypeError("this seed needs classes as targets, not a callable")
+    if not isinstance(passage.logits, Tensor):
+        raise TypeError("relevance of classes needs a model whose output is one tensor; pass a callable target")
     return list(indices.unbind(1)) if indices.ndim == 2 else [indices]
 
 

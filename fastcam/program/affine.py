@@ -36,20 +36,22 @@ RunHead = Callable[[torch.Tensor, dict[int, Any]], torch.Tensor]
 class AffineHead:
     """Gradients of the scores of an affine head with respect to its features, without running the head on the batch.
 
-    `pooled` heads (global average pool, reshapes, one linear layer) read them off the weight: W[c] / Z, in the
-    accumulation dtype. Other affine heads need one backward pass on a single made-up sample for each class asked for,
-    whatever the batch. `uniform` heads have the same gradient at all positions.
+    `pooled` heads (global average pool, reshapes, at most one linear layer) read them off the weight, W[c] / Z, in the
+    accumulation dtype; without a linear layer W is the identity. Other affine heads need one backward pass on a single
+    made-up sample for each class asked for, whatever the batch. `uniform` heads have the same gradient everywhere.
     """
 
-    def __init__(self, weight: int | None, positions: int, uniform: bool):
+    def __init__(self, weight: int | None, positions: int, uniform: bool, average: bool = False):
         self._weight = weight
+        self._average = average
         self._positions = positions
         self.uniform = uniform
         self._verdict: bool | None = None
 
     @property
     def pooled(self) -> bool:
-        return self._weight is not None
+        """Whether the head is a global average pool, with or without a linear layer behind it."""
+        return self._weight is not None or self._average
 
     def holds(self, run: RunHead, leaves: dict[int, Any], features: torch.Tensor) -> bool:
         """Whether the analysis agrees with autograd on random features; checked at the first call, then remembered."""
@@ -67,6 +69,9 @@ class AffineHead:
         if self._weight is not None:
             rows = leaves[self._weight][classes].to(accumulation_dtype(like.dtype))
             return _everywhere(rows / self._positions, spatial)
+        if self._average:
+            hot = torch.nn.functional.one_hot(classes, like.shape[1]).to(accumulation_dtype(like.dtype))
+            return _everywhere(hot / self._positions, spatial)
         unique, inverse = torch.unique(classes, return_inverse=True)
         found = torch.cat([self._rows(part, run, leaves, like) for part in unique.split(_CHUNK)])
         if self.uniform:
@@ -75,9 +80,10 @@ class AffineHead:
 
     def from_scores(self, slopes: torch.Tensor, leaves: dict[int, Any], like: torch.Tensor) -> torch.Tensor:
         """Gradient of a score with slopes d score / d output (B, C), on a pooled head: (B, K, *spatial), expanded."""
-        assert self._weight is not None
-        accumulate = accumulation_dtype(like.dtype)
-        rows = slopes.to(accumulate) @ leaves[self._weight].to(accumulate)
+        assert self.pooled
+        rows = slopes.to(accumulation_dtype(like.dtype))
+        if self._weight is not None:
+            rows = rows @ leaves[self._weight].to(rows.dtype)
         return _everywhere(rows / self._positions, like.shape[2:])
 
     @staticmethod
@@ -98,7 +104,7 @@ class AffineHead:
         agrees = bool((found[0] - found[1]).abs().max() <= tolerance)
         if self.uniform:
             agrees = agrees and bool((found - found[..., :1]).abs().max() <= tolerance)
-        if self._weight is not None:
+        if self.pooled:
             closed = self.gradients(classes, run, leaves, draw).flatten(2)
             agrees = agrees and bool((closed - found).abs().max() <= tolerance)
         return agrees
@@ -131,7 +137,8 @@ def analyse(program: Program, feature: int, head: list[Node]) -> AffineHead | No
     shape = program.nodes[feature].shape or ()
     uniform = _is_uniform(program, feature, head)
     weight = _pooled_weight(program, feature, head) if uniform else None
-    return AffineHead(weight, math.prod(size or 0 for size in shape[2:]), uniform)
+    positions = math.prod(size or 0 for size in shape[2:])
+    return AffineHead(weight, positions, uniform, uniform and _is_average(program, feature, head))
 
 
 def _is_uniform(program: Program, feature: int, head: list[Node]) -> bool:
@@ -200,9 +207,21 @@ def _is_affine(program: Program, node: Node, affine: set[int], images: set[int])
 def _pooled_weight(program: Program, feature: int, head: list[Node]) -> int | None:
     """Index of the weight W when the head is global average pool -> reshapes -> linear(W, b), else None."""
     *steps, last = head
-    shape = program.nodes[feature].shape or ()
-    pooled = 0
-    previous = feature
+    pooled = _end_of_average(program, feature, steps)
+    if pooled is None or op_name(last.target) != "linear" or last.args[0] != Ref(pooled):
+        return None
+    weight = last.args[1]
+    return weight.index if isinstance(weight, Ref) and program.nodes[weight.index].kind == "parameter" else None
+
+
+def _is_average(program: Program, feature: int, head: list[Node]) -> bool:
+    """Whether the head is global average pool -> reshapes and nothing else."""
+    return _end_of_average(program, feature, head) == program.outputs[0].index
+
+
+def _end_of_average(program: Program, feature: int, steps: list[Node]) -> int | None:
+    """Index of the (B, K) means when `steps` are one global average pool and reshapes, else None."""
+    pooled, previous = 0, feature
     for node in steps:
         if not node.args or node.args[0] != Ref(previous) or node.shape is None:
             return None
@@ -211,8 +230,5 @@ def _pooled_weight(program: Program, feature: int, head: list[Node]) -> int | No
         elif node.kind != "reshape":
             return None
         previous = node.index
-    flat = program.nodes[previous].shape or ()
-    if op_name(last.target) != "linear" or last.args[0] != Ref(previous) or pooled != 1 or flat != (None, shape[1]):
-        return None
-    weight = last.args[1]
-    return weight.index if isinstance(weight, Ref) and program.nodes[weight.index].kind == "parameter" else None
+    flat = (None, (program.nodes[feature].shape or ())[1])
+    return previous if pooled == 1 and program.nodes[previous].shape == flat else None

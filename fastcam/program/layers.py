@@ -8,7 +8,7 @@ import math
 from torch import nn
 
 from .capture import Program
-from .nodes import Node, op_name
+from .nodes import Node, Ref, op_name
 
 __all__ = ["LayerNotInProgram", "check_spatial", "find_layer", "layer_names", "layer_of", "several_outputs"]
 __all__ += ["unknown_layer"]
@@ -143,6 +143,7 @@ def _last_spatial(program: Program, spatial_rank: int) -> tuple[int, str]:
     for index in sorted(program.ancestors(program.output_indices) & images, reverse=True):
         node = program.nodes[index]
         if index != program.input and _is_feature_map(node, spatial_rank):
+            index = _before_power(program, index)
             name = layer_of(program, index)
             if _is_attention_result(program, index) or _mixes_positions_later(program, index, images):
                 raise ValueError(
@@ -151,6 +152,16 @@ def _last_spatial(program: Program, spatial_rank: int) -> tuple[int, str]:
                 )
             return index, name
     raise ValueError("the model has no spatial feature map; pass layer= (and reshape_transform= for tokens)")
+
+
+def _before_power(program: Program, index: int) -> int:
+    """The feature map whose power a generalised-mean pool takes, past the clamp that keeps it positive."""
+    node = program.nodes[index]
+    for names in (("pow",), ("clamp", "clamp_min")):
+        if op_name(node.target) not in names or not isinstance(node.args[0], Ref):
+            break
+        node = program.nodes[node.args[0].index]
+    return node.index
 
 
 def _is_feature_map(node: Node, spatial_rank: int) -> bool:

@@ -24,12 +24,14 @@ from .relevance import known as known_relevance
 from .rescale import known
 from .reveal_cancel import SignedWalk
 from .state import neutral_modes
-from .targets import Targets
+from .targets import Targets, class_scores
 
 __all__ = ["Bindings", "Bound", "CapturedSession"]
 
 #: Reference passes kept for one explainer and layer.
 _REFERENCES = 4
+#: Feature maps that go back through a head at once.
+_ROWS = 64
 
 
 class Bound:
@@ -169,6 +171,30 @@ class CapturedSession(Session):
         return CapturedForward(
             self, features, detached(output), entering, graph=Graph(leaf, output, self.layer), walked=walked
         )
+
+    def pull_back(self, features: Tensor, slopes: Tensor, rows: Tensor) -> Tensor:
+        """d <slopes, output> / d features of images `rows` (R,) of `features` (N, K, *spatial): (R, K, *spatial).
+
+        slopes  (R, D), for an output (N, D). Closed form where the head is; else it runs again, a few images at a time.
+
+        Raises ValueError where what follows the layer reads the images by another way too.
+        """
+        if self.cut.bypass:
+            raise ValueError(
+                f"what follows layer '{self.layer}' reads the images by another way too (a skip around the layer), so "
+                "its features alone do not do; pass images, one for one"
+            )
+        with neutral_modes():
+            affine = self._affine(features, by_index=False)
+            if affine is not None:
+                return affine.from_scores(slopes, self.leaves, features)
+            found = [features.new_zeros((0, *features.shape[1:]))]
+            for part, slope in zip(rows.split(_ROWS), slopes.split(_ROWS), strict=True):
+                with torch.enable_grad():
+                    leaf = features[part].detach().requires_grad_()
+                    score = (self.cut.run_probe(leaf, self.leaves) * slope).sum()
+                    found += torch.autograd.grad(score, leaf)
+            return torch.cat(found)
 
     def _for_relevance(self, images: Tensor, needs: Backward) -> CapturedForward:
         values = self._trunk(images)
@@ -359,9 +385,11 @@ class CapturedForward(Forward):
         """Multipliers at the outputs: slopes of the score, which must be the same in both passes."""
         batch = len(self.features)
         if targets.indices is not None:
-            (leaf,) = self.session.cut.program.outputs
+            scores = class_scores(self.output)
+            places = torch.utils._pytree.tree_leaves(self.output)
+            leaf = self.session.cut.program.outputs[next(i for i, one in enumerate(places) if one is scores)]
             chosen = targets.indices if column is None else targets.indices[:, column]
-            return {leaf.index: torch.zeros_like(self.output).scatter_(1, chosen.unsqueeze(1), 1)}
+            return {leaf.index: torch.zeros_like(scores).scatter_(1, chosen.unsqueeze(1), 1)}
         here = score_slopes(self.output, targets, column, batch, self.layer, _leaf)
         there = score_slopes(reference.output, targets, column, batch, self.layer, lambda t: _leaf(_rows(t, batch)))
         seeds: dict[int, Tensor] = {}

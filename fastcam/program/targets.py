@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-__all__ = ["TargetSpec", "Targets", "resolve_targets", "scores_of"]
+__all__ = ["TargetSpec", "Targets", "class_scores", "resolve_targets", "scores_of"]
 
 TargetSpec: TypeAlias = (
     int | str | Sequence[int] | Sequence[Sequence[int]] | torch.Tensor | Callable[[Any], torch.Tensor] | None
@@ -34,8 +34,14 @@ class Targets:
         return self.indices is not None and self.indices.ndim == 2
 
 
+def class_scores(output: Any) -> Any:
+    """What class indices refer to: the output, or its `logits` where it is a structure that names them."""
+    logits = None if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
+    return logits if isinstance(logits, torch.Tensor) else output
+
+
 def resolve_targets(targets: TargetSpec, output: Any, batch: int) -> Targets:
-    """Turn `targets` into class indices of `output` (B, C), or keep a callable.
+    """Turn `targets` into class indices of `output` (B, C), or of its `logits`, or keep a callable.
 
     targets  None: arg-max of each image · int: that class for all · list of B ints · (B,) or (B, T) integers ·
              "top5": the five highest of each image · callable: output -> (B,) scores
@@ -45,6 +51,7 @@ def resolve_targets(targets: TargetSpec, output: Any, batch: int) -> Targets:
     """
     if callable(targets) and not isinstance(targets, torch.Tensor):
         return Targets(None, targets)
+    output = class_scores(output)
     if not isinstance(output, torch.Tensor) or output.ndim != 2:
         given = f"shape {tuple(output.shape)}" if isinstance(output, torch.Tensor) else type(output).__name__
         raise TypeError(
@@ -68,7 +75,7 @@ def scores_of(
     """(B,) scores: column `column` of two-dimensional indices, or the callable's result, maybe to be differentiated."""
     if targets.indices is not None:
         chosen = targets.indices if column is None else targets.indices[:, column]
-        return output.gather(1, chosen.unsqueeze(1)).squeeze(1)
+        return class_scores(output).gather(1, chosen.unsqueeze(1)).squeeze(1)
     assert targets.score is not None
     score = targets.score(output)
     if not isinstance(score, torch.Tensor) or tuple(score.shape) != (batch,):

@@ -8,11 +8,12 @@
 Needs the extra `testbed` (scikit-learn, scikit-image, safetensors, pillow); importing does not load them.
 """
 
-from .models import MEAN, MODELS, STD, build, load, metadata, normalize
+from .models import EMBEDDERS, MEAN, MODELS, STD, build, load, metadata, normalize
 from .pointing import pointing_accuracy, pointing_hits
 from .scenes import Scenes, make_scenes
 
 __all__ = [
+    "EMBEDDERS",
     "MEAN",
     "MODELS",
     "STD",

@@ -70,7 +70,10 @@ def run(
     if images < 1:
         raise ValueError(f"images must be at least 1, got {images}")
     names = list(MODELS) if model == "both" else [model]
-    chosen = [name for name in fastcam.methods() if name not in ON_REQUEST] if methods is None else list(methods)
+    usual = [
+        name for name, facts in fastcam.methods().items() if facts["explains"] == "images" and name not in ON_REQUEST
+    ]
+    chosen = usual if methods is None else list(methods)
     models = {name: load(name) for name in names}
     scenes = make_scenes(images)
     rows = [row for name in names for row in measure(name, models[name], scenes, chosen)]

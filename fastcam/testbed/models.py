@@ -1,8 +1,10 @@
-"""The testbed's two networks, small enough to ship: which of ten digits are in a 96x96 scene (ten independent logits).
+"""The testbed's networks, small enough to ship: which of ten digits are in a 96x96 scene (ten independent logits), and
+`tiny_embed`, which says how alike two scenes are.
 
-Both take float images (N,3,S,S) that `normalize` has standardised (MEAN, STD below), return logits (N,10), and end in a
-12x12 feature map for S = 96. Between them they hold what attribution code trips over: batch norm, residual sums, a ReLU
-module used twice, functional and in-place ReLU, a head that is affine (tiny_resnet) and one that is not (tiny_vgg).
+All take float images (N,3,S,S) that `normalize` has standardised (MEAN, STD below) and end in a 12x12 feature map for
+S = 96; the classifiers return logits (N,10). Between them they hold what attribution code trips over: batch norm,
+residual sums, a ReLU module used twice, functional and in-place ReLU, a head that is affine (tiny_resnet) and one that
+is not (tiny_vgg).
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["MEAN", "MODELS", "STD", "TinyResNet", "TinyVGG", "build", "load", "metadata", "normalize"]
+__all__ = ["EMBEDDERS", "MEAN", "MODELS", "STD", "TinyEmbed", "TinyResNet", "TinyVGG", "build", "load", "metadata"]
+__all__ += ["normalize"]
 
 MEAN = (0.49, 0.38, 0.33)
 STD = (0.28, 0.23, 0.23)
@@ -90,16 +93,31 @@ class TinyVGG(nn.Module):
         return self.fc2(functional.relu(self.fc1(x)))
 
 
+class TinyEmbed(TinyResNet):
+    """TinyResNet's trunk as an embedding network: its 80 last feature maps, averaged. Scenes that share a digit have
+    embeddings of similar direction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.fc
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = functional.relu(self.norm(self.stem(images)))
+        return self.layer3(self.layer2(self.layer1(x))).mean((2, 3))
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {"tiny_resnet": TinyResNet, "tiny_vgg": TinyVGG}
+EMBEDDERS: dict[str, Callable[[], nn.Module]] = {"tiny_embed": TinyEmbed}
 
 
 def build(name: str) -> nn.Module:
     """An untrained model in train mode, initialised from torch's current seed. ValueError for an unknown name."""
-    if name not in MODELS:
-        close = difflib.get_close_matches(name, MODELS, 1)
+    known = MODELS | EMBEDDERS
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ValueError(f"unknown testbed model {name!r}: {hint}there are {', '.join(MODELS)}")
-    return MODELS[name]()
+        raise ValueError(f"unknown testbed model {name!r}: {hint}there are {', '.join(known)}")
+    return known[name]()
 
 
 def load(name: str, path: str | Path | None = None) -> nn.Module:

@@ -4,6 +4,8 @@ Two passes, each over scenes that are never repeated, with binary cross-entropy 
 schedule. First close-ups, 48x48 cut around one digit: straight from whole scenes the loss sits at the entropy of the
 labels for longer than a whole run takes. So digits' positions are used once, to find the objects' size; whole scenes
 then come with class labels only. tiny_vgg trains with batch norm behind its convolutions, folded into them at the end.
+tiny_embed starts from tiny_resnet's trunk and sees whole scenes only, with a metric loss: whether two of a batch share
+a digit, by logistic regression on the cosine of their embeddings.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from .models import MODELS, WEIGHTS, TinyVGG, build, normalize
+from .models import EMBEDDERS, MODELS, WEIGHTS, TinyEmbed, TinyVGG, build, load, normalize
 from .scenes import GENERATOR_VERSION, Scenes, make_scenes
 
-__all__ = ["BRIEF", "BRIEF_MEAN_AP", "Accuracy", "Recipe", "accuracy", "main", "predict", "save", "train"]
+__all__ = ["BRIEF", "BRIEF_MEAN_AP", "Accuracy", "Recipe", "Retrieval", "accuracy", "main", "predict", "retrieval"]
+__all__ += ["save", "train"]
 
 log = logging.getLogger("fastcam")
 
@@ -68,6 +71,10 @@ def train(recipe: Recipe) -> nn.Module:
     """
     torch.manual_seed(recipe.seed)
     model = build(recipe.model)
+    if isinstance(model, TinyEmbed):
+        model.load_state_dict(load("tiny_resnet").state_dict(), strict=False)
+        _fit(model.train(), recipe, range(recipe.scenes), _whole, _pair_loss)
+        return model.eval().to(memory_format=torch.contiguous_format)
     near: nn.Module = model
     if isinstance(model, TinyVGG):
         model.features = _add_norms(model.features)
@@ -81,7 +88,13 @@ def train(recipe: Recipe) -> nn.Module:
     return model.to(memory_format=torch.contiguous_format)
 
 
-def _fit(model: nn.Module, recipe: Recipe, indices: range, view: Callable[[Scenes], tuple[Tensor, Tensor]]) -> None:
+def _fit(
+    model: nn.Module,
+    recipe: Recipe,
+    indices: range,
+    view: Callable[[Scenes], tuple[Tensor, Tensor]],
+    measure: Callable[[Tensor, Tensor], Tensor] = functional.binary_cross_entropy_with_logits,
+) -> None:
     model.to(memory_format=torch.channels_last)
     steps = len(indices) // recipe.batch
     optimizer = torch.optim.AdamW(model.parameters(), recipe.rate, weight_decay=recipe.decay)
@@ -90,8 +103,7 @@ def _fit(model: nn.Module, recipe: Recipe, indices: range, view: Callable[[Scene
     for step in range(steps):
         start = indices.start + step * recipe.batch
         images, truth = view(make_scenes(recipe.batch, split="train", seed=recipe.seed, start=start, region="strokes"))
-        logits = model(normalize(images).contiguous(memory_format=torch.channels_last))
-        loss = functional.binary_cross_entropy_with_logits(logits, truth)
+        loss = measure(model(normalize(images).contiguous(memory_format=torch.channels_last)), truth)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -100,6 +112,15 @@ def _fit(model: nn.Module, recipe: Recipe, indices: range, view: Callable[[Scene
         if (step + 1) % report == 0:
             log.info("step %d of %d, loss %.4f, %.0f s", step + 1, steps, recent, time.perf_counter() - begin)
             recent = 0.0
+
+
+def _pair_loss(embeddings: Tensor, truth: Tensor) -> Tensor:
+    """Logistic loss of 10 (cos - 1/2) against "shares a digit", over all pairs of a batch; `truth` (N,10) in {0,1}."""
+    units = functional.normalize(embeddings)
+    one, other = torch.triu_indices(len(units), len(units), 1)
+    cosine = (units @ units.T)[one, other]
+    shared = ((truth @ truth.T)[one, other] > 0).to(cosine)
+    return functional.binary_cross_entropy_with_logits(10 * (cosine - 0.5), shared)
 
 
 def _whole(scenes: Scenes) -> tuple[Tensor, Tensor]:
@@ -137,8 +158,36 @@ def _fold_norms(features: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+@dataclass(frozen=True)
+class Retrieval:
+    """Fractions in [0,1] over a set of scenes, each looked up among the others by cosine.
+
+    recall1: the most similar scene shares a digit; chance: any other scene does; mean_ap: average precision of the
+    scenes that share a digit, mean over queries.
+    """
+
+    recall1: float
+    chance: float
+    mean_ap: float
+
+
+def retrieval(embeddings: Tensor, labels: Tensor) -> Retrieval:
+    """Retrieval by embeddings (N,D) of scenes with two digits each, labels (N,2)."""
+    units = functional.normalize(embeddings)
+    similarity = (units @ units.T).fill_diagonal_(-2)
+    truth = _two_hot(labels)
+    shared = (truth @ truth.T > 0).fill_diagonal_(False)
+    hits = shared.gather(1, similarity.argsort(1, descending=True)[:, :-1]).double()
+    precision = hits.cumsum(1) / torch.arange(1, hits.shape[1] + 1)
+    return Retrieval(
+        recall1=hits[:, 0].mean().item(),
+        chance=hits.mean().item(),
+        mean_ap=((precision * hits).sum(1) / hits.sum(1).clamp(min=1)).mean().item(),
+    )
+
+
 def predict(model: nn.Module, images: Tensor, *, batch: int = 128) -> Tensor:
-    """Logits (N,10) of scenes (N,3,S,S) in [0,1]."""
+    """Logits (N,10), or embeddings, of scenes (N,3,S,S) in [0,1]."""
     with torch.inference_mode():
         return torch.cat([model(normalize(part)) for part in images.split(batch)]).clone()
 
@@ -158,7 +207,7 @@ def accuracy(logits: Tensor, labels: Tensor) -> Accuracy:
     )
 
 
-def save(model: nn.Module, path: Path, recipe: Recipe, reached: Accuracy, test_scenes: int) -> None:
+def save(model: nn.Module, path: Path, recipe: Recipe, reached: Accuracy | Retrieval, test_scenes: int) -> None:
     """Writes the state dict as safetensors; recipe, accuracy and versions go into its metadata as strings."""
     try:
         from safetensors.torch import save as to_bytes
@@ -179,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Train a testbed model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--model", choices=list(MODELS), required=True)
+    parser.add_argument("--model", choices=[*MODELS, *EMBEDDERS], required=True)
     parser.add_argument("--out", type=Path, help="file to write, the shipped weights by default")
     parser.add_argument("--close-ups", type=int, default=Recipe.close_ups, help="scenes of the first pass")
     parser.add_argument("--scenes", type=int, default=Recipe.scenes, help="scenes of the second pass")
@@ -192,10 +241,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     recipe = Recipe(given.model, given.close_ups, given.scenes, seed=given.seed)
     model = train(recipe)
     held_out = make_scenes(given.test_scenes, split="test", seed=TEST_SEED, region="strokes")
-    reached = accuracy(predict(model, held_out.images), held_out.labels)
+    judge = retrieval if isinstance(model, TinyEmbed) else accuracy
+    reached = judge(predict(model, held_out.images), held_out.labels)
     path = given.out or WEIGHTS / f"{given.model}.safetensors"
     save(model, path, recipe, reached, given.test_scenes)
-    print(f"both digits on top {reached.top2:.4f}, exact set {reached.exact:.4f}, mean AP {reached.mean_ap:.4f}")
+    print(", ".join(f"{name} {value:.4f}" for name, value in asdict(reached).items()))
     print(path)
     return 0
 

@@ -1,0 +1,221 @@
+"""LFI-CAM: a classifier that predicts which of its feature maps matter, and attends to where they are."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastcam import ops
+from fastcam._dtypes import accumulation_dtype
+
+__all__ = ["LFICAM", "FeatureImportanceNetwork", "LFICAMOutput"]
+
+
+class LFICAMOutput(NamedTuple):
+    """What `LFICAM` returns.
+
+    logits      (B, classes)
+    attention   (B, 1, h, w) in [0, 1], the same for every class
+    importance  (B, K), positive, summing to 1 over the K feature maps
+    """
+
+    logits: Tensor
+    attention: Tensor
+    importance: Tensor
+
+
+class FeatureImportanceNetwork(nn.Module):
+    """Importance of feature maps, read from what the image shows through them.
+
+        M_k = N_k g;   s = softmax_k(mean_ij fin(M))
+
+    with N the features scaled to [0, 1] map by map, g the grey image at their size, and fin four convolutions of the
+    same kernel size with batch norms, ending in a ReLU.
+
+    channels  K, feature maps in and out
+    kernel    3 (padded) or 1
+    squeeze   the middle width is K // squeeze: 1 for the released 3x3 network, 2 for the 1x1 one of March 2021
+    relu      "pairs": a ReLU after every second batch norm (as released for CIFAR) · "all": after each (224 pixels)
+    input     "masked": M · "features": N without the image
+
+    Parameters: 36 K^2 + 8 K (kernel 3, squeeze 1); 3 K^2 + O(K) (kernel 1, squeeze 2).
+    Shapes: features (B, K, h, w), grey (B, 1, h, w) -> (B, K), positive, sum 1, in the accumulation dtype.
+    Errors: ValueError for an unknown option, or a squeeze that leaves no channel.
+    Source: Lee et al., LFI-CAM, ICCV 2021, arXiv 2105.00937, and its released network.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        kernel: Literal[1, 3] = 3,
+        squeeze: int = 1,
+        relu: Literal["pairs", "all"] = "pairs",
+        input: Literal["masked", "features"] = "masked",
+    ):
+        super().__init__()
+        if kernel not in (1, 3):
+            raise ValueError(f"kernel must be 1 or 3; got {kernel!r}")
+        if relu not in ("pairs", "all"):
+            raise ValueError(f"relu must be 'pairs' or 'all'; got {relu!r}")
+        if input not in ("masked", "features"):
+            raise ValueError(f"input must be 'masked' or 'features'; got {input!r}")
+        if channels < 1 or squeeze < 1 or channels // squeeze < 1:
+            raise ValueError(f"{channels} channels // squeeze={squeeze} leaves none")
+        self.input = input
+        narrow = channels // squeeze
+        widths = (channels, channels, narrow, channels, channels) if squeeze > 1 else (channels,) * 5
+        layers: list[nn.Module] = []
+        for place, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
+            layers.append(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False))
+            layers.append(nn.BatchNorm2d(outputs))
+            if relu == "all" or place % 2 == 1:
+                layers.append(nn.ReLU(inplace=True))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, features: Tensor, grey: Tensor) -> Tensor:
+        if self.input == "features":
+            grey = torch.ones_like(grey)
+        pooled = self.layers(_mask(features, grey)).mean((2, 3))
+        return pooled.to(accumulation_dtype(pooled.dtype)).softmax(1)
+
+
+class LFICAM(nn.Module):
+    """A classifier with learned feature-importance attention.
+
+        F = backbone(I);   g = bilinear(mean over channels of I);   s = FeatureImportanceNetwork(F, g)
+        P = relu(sum_k s_k F_k);   A = (P - min P) / (max P - min P);   logits = linear(mean_ij tail((1 + A) F))
+
+    All of it is trained by one cross-entropy loss on the logits; gradients go through both min-max scalings (ties share
+    them evenly), and nothing is detached. At inference the attention map costs no gradient; `fastcam.attribute(model,
+    images, "lfi_cam")` reads it at image size.
+
+        model = fastcam.nn.LFICAM(fastcam.nn.resnet(20), num_classes=10)
+        logits, attention, importance = model(images)
+
+    backbone      maps images (B, C, H, W) to features (B, K, h, w); `features_of` makes one of a classifier
+    num_classes   of the linear layer
+    channels      K; None: found by running the backbone on one black image of `image_size`
+    image_size    (C, H, W) of that image
+    tail          module between the attended features and the pooling (DenseNet's last norm and ReLU); None: nothing
+    fin_kernel, fin_squeeze, fin_relu, fin_input   the options of `FeatureImportanceNetwork`
+    attention     False: A = 0 in the logits, the plain classifier (for comparison); the map is still returned
+    constant_map  attention of a constant P: "raw" P itself, which may exceed 1 · "zeros"
+
+    Returns `LFICAMOutput`. Shapes: images (B, C, H, W), logits (B, classes), attention (B, 1, h, w), importance (B, K).
+    Errors: ValueError for features with a single position, for options as `FeatureImportanceNetwork`, and in
+    evaluation mode on the CPU for features that are not finite.
+    Cost: backbone, four convolutions of K channels, linear layer; the rest is two fused ops, and two in the backward
+    pass, which keep nothing of the features' size but the features.
+    Source: Lee et al., LFI-CAM, ICCV 2021, arXiv 2105.00937; released network of TrustworthyAI-kr/LFI-CAM. Confirmed
+    there: all formulas; not stated in the paper: which of the released importance networks it measured.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        num_classes: int,
+        *,
+        channels: int | None = None,
+        image_size: tuple[int, int, int] = (3, 64, 64),
+        tail: nn.Module | None = None,
+        fin_kernel: Literal[1, 3] = 3,
+        fin_squeeze: int = 1,
+        fin_relu: Literal["pairs", "all"] = "pairs",
+        fin_input: Literal["masked", "features"] = "masked",
+        attention: bool = True,
+        constant_map: Literal["raw", "zeros"] = "raw",
+    ):
+        super().__init__()
+        if constant_map not in ("raw", "zeros"):
+            raise ValueError(f"constant_map must be 'raw' or 'zeros'; got {constant_map!r}")
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1; got {num_classes}")
+        channels = _channels(backbone, image_size) if channels is None else channels
+        self.backbone = backbone
+        self.fin = FeatureImportanceNetwork(
+            channels, kernel=fin_kernel, squeeze=fin_squeeze, relu=fin_relu, input=fin_input
+        )
+        self.tail = nn.Identity() if tail is None else tail
+        self.fc = nn.Linear(channels, num_classes)
+        self.attention = attention
+        self.constant_map = constant_map
+
+    def forward(self, images: Tensor) -> LFICAMOutput:
+        features = self.backbone(images)
+        _check_features(features)
+        grey = grey_at(images, features.shape[2:])
+        importance = self.fin(features, grey)
+        attended, attention = _attend(features, importance, self.constant_map)
+        if not self.training and not _traced() and attention.device.type == "cpu" and not attention.isfinite().all():
+            image = int((~attention.flatten(1).isfinite().all(1)).nonzero()[0])
+            raise ValueError(f"features of image {image} are not finite; check the images and weights")
+        logits = self.fc(self.tail(attended if self.attention else features).mean((2, 3)))
+        return LFICAMOutput(logits, attention, importance)
+
+
+def grey_at(images: Tensor, size: torch.Size) -> Tensor:
+    """(B, 1, *size): mean of the channels, bilinear, align_corners=False."""
+    grey = images.mean(1, keepdim=True)
+    return functional.interpolate(grey, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def _check_features(features: Tensor) -> None:
+    if features.ndim != 4:
+        raise ValueError(f"the backbone must give features (B, K, h, w); it gave {tuple(features.shape)}")
+    if features.shape[2] * features.shape[3] == 1:
+        raise ValueError(
+            "the backbone's features have a single position, of which no map can be made; "
+            "pass larger images, or fastcam.nn.features_of(model, layer) for an earlier layer"
+        )
+
+
+def _channels(backbone: nn.Module, image_size: tuple[int, int, int]) -> int:
+    example = next((p for p in backbone.parameters() if p.is_floating_point()), torch.zeros(()))
+    training = [module for module in backbone.modules() if module.training]
+    try:
+        for module in training:
+            module.training = False
+        with torch.no_grad():
+            features = backbone(example.new_zeros((1, *image_size)))
+    finally:
+        for module in training:
+            module.training = True
+    if not isinstance(features, Tensor):
+        raise ValueError(f"the backbone must give features (B, K, h, w); it gave {type(features).__name__}")
+    _check_features(features)
+    return int(features.shape[1])
+
+
+def _traced() -> bool:
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting()
+
+
+# What follows are the two ops or, in a network that is being captured, the same in plain operators: those have rules in
+# every method.
+
+
+def _mask(features: Tensor, grey: Tensor) -> Tensor:
+    if not torch.compiler.is_exporting():
+        return ops.lfi_mask(features, grey)
+    masks = torch.where(features == 0, 0, _min_max(features, torch.ones_like(features)))
+    return (masks * grey).to(features.dtype)
+
+
+def _attend(features: Tensor, importance: Tensor, constant_map: str) -> tuple[Tensor, Tensor]:
+    if not torch.compiler.is_exporting():
+        return ops.lfi_attend(features, importance, constant_map)
+    weighted = (importance[:, :, None, None] * features).sum(1, keepdim=True).relu()
+    attention = _min_max(weighted, weighted if constant_map == "raw" else torch.zeros_like(weighted))
+    return ((1 + attention) * features).to(features.dtype), attention
+
+
+def _min_max(maps: Tensor, constant: Tensor) -> Tensor:
+    """Each (h, w) map scaled to [0, 1]; `constant` where it is constant, with finite gradients there too."""
+    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+    varied = high > low
+    return torch.where(varied, (maps - low) / torch.where(varied, high - low, 1), constant)
