@@ -160,12 +160,22 @@ def relevance_combine_calls():
         yield (x, thrice, budgets, shift), {}
 
 
+def similarity_weights_calls():
+    """Long rows and short ones, whole packs and partial ones."""
+    for dtype, channels, term in itertools.product(DTYPES, (64, 2048, 2051), TERMS):
+        x = torch.empty(4, channels, dtype=dtype)
+        for weighting in ("minmax", "ratio", "raw"):
+            yield (x[:1], x, term, weighting), {}
+
+
 LAUNCHED = (
     "_reduce", "_collect", "_write", "_finish", "_measure", "_multiply", "_rescale", "_divide", "_divide_among",
     "_split", "_add_chunk", "_equilibrium", "_count", "_combine",
+    "_weigh_similarity",
 )  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MODES = ("mean", "sum", "xgrad", "grad_cam_pp")
+TERMS = ("cosine", "dot", "neg_sq", "cross", "inverse")
 CALLS = {
     "cam_map": cam_map_calls,
     "channel_weights": channel_weights_calls,
@@ -177,6 +187,7 @@ CALLS = {
     "relevance_budgets": relevance_budgets_calls,
     "relevance_equilibrium": relevance_equilibrium_calls,
     "relevance_combine": relevance_combine_calls,
+    "similarity_weights": similarity_weights_calls,
 }
 
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #ifdef __CUDACC__
 #define FASTCAM_HD __host__ __device__ __forceinline__
@@ -239,6 +240,105 @@ FASTCAM_HD V relevance_combined(V x, V tc, V ta, V tb, V unit, V threshold) {
   const V taken = shared == 0 ? V{} : unit;
   const V added = x > threshold ? ta : tb;
   return shared - taken + added;
+}
+
+// ---- similarity of two embeddings, channel by channel ----
+// In double whatever the embeddings are stored in: products and squares of float32 neither overflow nor underflow there.
+
+enum class SimilarityTerm : int { cosine, dot, neg_sq, cross, inverse };
+enum class SimilarityWeighting : int { minmax, ratio, raw };
+
+// What is formed of u and v; a term is that times a factor of its row.
+enum class SimilarityPart : int { product, square, inverse };
+
+FASTCAM_HD constexpr SimilarityPart similarity_part_of(SimilarityTerm term) {
+  if (term == SimilarityTerm::neg_sq) return SimilarityPart::square;
+  return term == SimilarityTerm::inverse ? SimilarityPart::inverse : SimilarityPart::product;
+}
+
+// Rounded by itself: fused into a later difference, the least part of a row would differ from the row's minimum.
+template <typename V>
+FASTCAM_HD V rounded_product(V a, V b) {
+#ifdef __CUDA_ARCH__
+  return __dmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+// V is double or a vector of them, here and below.
+template <SimilarityPart PART, typename V>
+FASTCAM_HD V similarity_part(V u, V v) {
+  if constexpr (PART == SimilarityPart::product) return rounded_product(u, v);
+  const V difference = u - v;
+  if constexpr (PART == SimilarityPart::square) return rounded_product(difference, difference);
+  const V distance = difference < 0 ? -difference : difference;
+  return 1 / (1 + distance);
+}
+
+// Of the parts of a row: their sum, what else the row's factor and flaws are found from, their range.
+template <typename V>
+struct SimilaritySums {
+  V total, first, second;  // product: squares of u and of v; inverse: distances, which an infinity shows in, and nothing
+  V low, high;             // NaN does not show here
+};
+
+template <typename V>
+FASTCAM_HD SimilaritySums<V> no_similarity_sums() {
+  return {V{}, V{}, V{}, V{} + double(INFINITY), V{} - double(INFINITY)};
+}
+
+template <SimilarityPart PART, typename V>
+FASTCAM_HD void add_to(SimilaritySums<V>& sums, V u, V v) {
+  const V part = similarity_part<PART>(u, v);
+  sums.total += part;
+  if constexpr (PART == SimilarityPart::product) sums.first += u * u, sums.second += v * v;
+  if constexpr (PART == SimilarityPart::inverse) sums.first += u < v ? v - u : u - v;
+  sums.low = part < sums.low ? part : sums.low;
+  sums.high = part > sums.high ? part : sums.high;
+}
+
+template <typename V>
+FASTCAM_HD void merge(SimilaritySums<V>& x, const SimilaritySums<V>& y) {
+  x.total += y.total, x.first += y.first, x.second += y.second;
+  x.low = y.low < x.low ? y.low : x.low;
+  x.high = y.high > x.high ? y.high : x.high;
+}
+
+// How the parts p of a row become contributions, factor p, and weights, gain (p - base) / divisor + shift.
+struct SimilarityScale {
+  double factor, total, base, gain, divisor, shift;
+};
+
+template <typename A>
+FASTCAM_HD SimilarityScale similarity_scale(const SimilaritySums<double>& sums, SimilarityTerm term,
+                                            SimilarityWeighting weighting, bool dissimilarity) {
+  double factor = term == SimilarityTerm::neg_sq ? -1 : term == SimilarityTerm::cross ? 2 : 1;
+  if (term == SimilarityTerm::cosine) {
+    const double u = std::sqrt(sums.first), v = std::sqrt(sums.second);
+    factor = 1 / ((u < 1e-12 ? 1e-12 : u) * (v < 1e-12 ? 1e-12 : v));  // NaN stays
+  }
+  if (dissimilarity) factor = -factor;
+  const double total = sums.total * factor;
+  SimilarityScale x = {factor, total, 0, factor, 1, 0};
+  if (weighting == SimilarityWeighting::ratio && total != 0) x.divisor = total < 0 ? -total : total;
+  if (weighting == SimilarityWeighting::minmax) {
+    const double extent = sums.high - sums.low;
+    const bool finite = is_finite(total) && (term != SimilarityTerm::inverse || is_finite(sums.first));
+    x.base = factor < 0 ? sums.high : sums.low, x.gain = factor < 0 ? -1 : 1;
+    x.divisor = extent == 0 ? 1 : extent;
+    x.shift = !finite ? double(NAN) : extent == 0 ? 1 : 0;
+  }
+  // For float results a product is as good as a quotient, and finite: no range of products of float32 is below 2^-351.
+  if constexpr (!std::is_same_v<A, double>) x.gain /= x.divisor;
+  return x;
+}
+
+template <typename A, typename V>
+FASTCAM_HD V similarity_weight(V part, V base, V gain, V divisor, V shift) {
+  const V scaled = gain * (part - base);
+  if constexpr (std::is_same_v<A, double>) return scaled / divisor + shift;
+  return scaled + shift;
 }
 
 }  // namespace fastcam

@@ -53,6 +53,11 @@ SCHEMAS = {
     "relevance_combine": (
         "(Tensor inputs, Tensor parts, Tensor budgets, bool shift=True, float threshold=0.0) -> Tensor"
     ),
+    # (B|1,D) twice -> contiguous contributions (B,D), weights (B,D) and total (B,) in the accumulation dtype.
+    "similarity_weights": (
+        '(Tensor first, Tensor second, str term="cosine", str weighting="minmax", bool dissimilarity=False) -> '
+        "(Tensor contributions, Tensor weights, Tensor total)"
+    ),
 }
 
 # Kept at module level: a collected Library takes its ops with it.

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "LAYOUTS", "RELEVANCE_CHECKS", "RULES", "cam_map_oracle", "channel_weights_oracle", "check_cam_map",
-    "check_channel_weights", "check_mask_by_features", "check_relevance_add", "check_relevance_budgets",
-    "check_relevance_combine", "check_relevance_divide", "check_relevance_equilibrium", "check_relevance_split",
-    "check_rescale_multipliers", "features_like", "mask_by_features_oracle", "relevance_arguments",
-    "relevance_combine_oracle", "relevance_equilibrium_oracle", "relevance_split_oracle", "rescale_multipliers_oracle",
+    "LAYOUTS", "RELEVANCE_CHECKS", "RULES", "TERMS", "WEIGHTINGS", "cam_map_oracle", "channel_weights_oracle",
+    "check_cam_map", "check_channel_weights", "check_mask_by_features", "check_relevance_add",
+    "check_relevance_budgets", "check_relevance_combine", "check_relevance_divide", "check_relevance_equilibrium",
+    "check_relevance_split", "check_rescale_multipliers", "check_similarity_weights", "features_like",
+    "mask_by_features_oracle", "relevance_arguments", "relevance_combine_oracle", "relevance_equilibrium_oracle",
+    "relevance_split_oracle", "rescale_multipliers_oracle", "similarity_weights_oracle",
 ]  # fmt: skip
 
 #: name -> function that returns the same values in another memory layout
@@ -216,6 +217,53 @@ def check_rescale_multipliers(got: Tensor, *arguments: Any) -> None:
     out = torch.finfo(got.dtype)
     error = error * torch.finfo(acc).eps + want.abs() * out.eps + out.smallest_normal * out.eps
     _within(got, want, error, "multipliers")
+
+
+TERMS = ("cosine", "dot", "neg_sq", "cross", "inverse")
+WEIGHTINGS = ("minmax", "ratio", "raw")
+
+
+def similarity_weights_oracle(
+    first: Tensor, second: Tensor, term: str = "cosine", weighting: str = "minmax", dissimilarity: bool = False
+) -> list[tuple[Tensor, Tensor]]:
+    """(contributions, weights, total), each with its error without the last rounding, in float64 on the CPU."""
+    u, v = torch.broadcast_tensors(first.cpu().double(), second.cpu().double())
+    eps = torch.finfo(torch.float64).eps
+    if term == "cosine":
+        lengths = [(x * x).sum(1, keepdim=True).sqrt().clamp(min=1e-12) for x in (u, v)]
+        c = u * v / (lengths[0] * lengths[1])
+    elif term == "neg_sq":
+        c = -(u - v).square()
+    elif term == "inverse":
+        c = (1 + (u - v).abs()).reciprocal()
+    else:
+        c = u * v * (2 if term == "cross" else 1)
+    c = -c if dissimilarity else c
+    total, wobble = c.sum(1), 32 * eps * c.abs().sum(1)
+    w, error = c, 8 * eps * c.abs()
+    if weighting == "minmax":
+        extent = c.amax(1, keepdim=True) - c.amin(1, keepdim=True)
+        w = torch.where(extent == 0, 1.0, (c - c.amin(1, keepdim=True)) / extent)
+        error = 8 * eps * (w + torch.where(extent == 0, 0.0, c.abs().amax(1, keepdim=True) / extent))
+        flawed = ~(u.isfinite() & v.isfinite()).all(1) | ~total.isfinite()
+        w = w.masked_fill(flawed[:, None], torch.nan)
+    elif weighting == "ratio":
+        size = torch.where(total == 0, 1.0, total.abs())
+        w = c / size[:, None]
+        error = w.abs() * (8 * eps + torch.where(total == 0, 0.0, wobble / size))[:, None]
+    return [(c, 8 * eps * c.abs()), (w, error), (total, wobble)]
+
+
+def check_similarity_weights(got: Sequence[Tensor], *arguments: Any) -> None:
+    """Shapes, dtypes, layouts, NaN and values of (contributions, weights, total) for these arguments of the op."""
+    acc = torch.float64 if arguments[0].dtype == torch.float64 else torch.float32
+    info = torch.finfo(acc)
+    names = ("contributions", "weights", "total")
+    for x, name, (want, error) in zip(got, names, similarity_weights_oracle(*arguments), strict=True):
+        assert (x.dtype, x.shape) == (acc, want.shape)
+        assert x.is_contiguous()
+        error = error + info.eps * want.abs() + info.smallest_normal * info.eps
+        _within(x, want.to(acc).double(), error, name)
 
 
 RULES = ("alpha_beta", "gamma", "rap")

@@ -13,6 +13,7 @@ from fastcam.ops.relevance_divide import relevance_divide
 from fastcam.ops.relevance_equilibrium import relevance_equilibrium
 from fastcam.ops.relevance_split import relevance_split
 from fastcam.ops.rescale_multipliers import rescale_multipliers
+from fastcam.ops.similarity_weights import similarity_weights
 
 __all__ = [
     "cam_map",
@@ -26,4 +27,5 @@ __all__ = [
     "relevance_equilibrium",
     "relevance_split",
     "rescale_multipliers",
+    "similarity_weights",
 ]

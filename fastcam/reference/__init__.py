@@ -10,6 +10,7 @@ from fastcam.reference.relevance_divide import relevance_divide
 from fastcam.reference.relevance_equilibrium import relevance_equilibrium
 from fastcam.reference.relevance_split import relevance_split
 from fastcam.reference.rescale_multipliers import rescale_multipliers
+from fastcam.reference.similarity_weights import similarity_weights
 
 __all__ = [
     "cam_map",
@@ -22,4 +23,5 @@ __all__ = [
     "relevance_equilibrium",
     "relevance_split",
     "rescale_multipliers",
+    "similarity_weights",
 ]

@@ -9,6 +9,7 @@
 #include "cuda/relevance_equilibrium.cuh"
 #include "cuda/relevance_split.cuh"
 #include "cuda/rescale_multipliers.cuh"
+#include "cuda/similarity_weights.cuh"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -146,6 +147,18 @@ int relevance_combine(const void* inputs, const void* parts, const void* budgets
   return run_relevance_combine(x, nullptr);
 }
 
+template <typename T>
+int similarity_weights(const void* first, const void* second, void* contributions, void* weights, void* total,
+                       const int64_t* sizes, const int* switches) {
+  using A = Accumulate<T>;
+  SimilarityArgs<T> x = {};
+  x.first = static_cast<const T*>(first), x.second = static_cast<const T*>(second);
+  x.contributions = static_cast<A*>(contributions), x.weights = static_cast<A*>(weights), x.total = static_cast<A*>(total);
+  x.rows = sizes[0], x.channels = sizes[1], x.first_step = sizes[2], x.second_step = sizes[3];
+  x.term = SimilarityTerm(switches[0]), x.weighting = SimilarityWeighting(switches[1]), x.dissimilarity = switches[2];
+  return run_similarity_weights(x, nullptr);
+}
+
 }  // namespace
 
 // dtype: 0 float64, 1 float32, 2 float16, 3 bfloat16.
@@ -205,6 +218,12 @@ EXPORT int emulate_relevance_equilibrium(int dtype, const void* relevance, const
 EXPORT int emulate_relevance_combine(int dtype, const void* inputs, const void* parts, const void* budgets, void* out,
                                      const int64_t* sizes, bool shift, double threshold) {
   BY_DTYPE(relevance_combine, inputs, parts, budgets, out, sizes, shift, threshold)
+}
+
+// `sizes`: rows, channels, and the steps from one row of each embedding to the next.
+EXPORT int emulate_similarity_weights(int dtype, const void* first, const void* second, void* contributions, void* weights,
+                                      void* total, const int64_t* sizes, const int* switches) {
+  BY_DTYPE(similarity_weights, first, second, contributions, weights, total, sizes, switches)
 }
 
 // The shared arithmetic by itself.

@@ -5,6 +5,7 @@ show is speed, real concurrency and alignment faults, which tests/gpu covers.
 """
 
 import ctypes
+import itertools
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,10 +17,13 @@ from fastcam._testing.kernel_cases import (
     LAYOUTS,
     RELEVANCE_CHECKS,
     RULES,
+    TERMS,
+    WEIGHTINGS,
     check_cam_map,
     check_channel_weights,
     check_mask_by_features,
     check_rescale_multipliers,
+    check_similarity_weights,
     features_like,
     relevance_arguments,
 )
@@ -199,6 +203,22 @@ def relevance_combine(kernels, inputs, parts, budgets, shift=True, threshold=0.0
     )  # fmt: skip
     assert status == 0
     return out
+
+
+def similarity_weights(kernels, first, second, term="cosine", weighting="minmax", dissimilarity=False):
+    """For embeddings with dense rows; one of them may have a single row."""
+    rows, channels = max(len(first), len(second)), first.shape[1]
+    acc = torch.float64 if first.dtype == torch.float64 else torch.float32
+    contributions, weights = (torch.full((rows, channels), torch.nan, dtype=acc) for _ in range(2))
+    total = torch.full((rows,), torch.nan, dtype=acc)
+    steps = [0 if len(x) == 1 else x.stride(0) for x in (first, second)]
+    status = kernels.emulate_similarity_weights(
+        DTYPES[first.dtype], pointer(first), pointer(second), pointer(contributions), pointer(weights), pointer(total),
+        ints(ctypes.c_int64, rows, channels, *steps),
+        ints(ctypes.c_int, TERMS.index(term), WEIGHTINGS.index(weighting), dissimilarity),
+    )  # fmt: skip
+    assert status == 0
+    return contributions, weights, total
 
 
 # (B, K, H, W), size: merged packs, one and several shares, odd sizes, one position, maps that need three launches.
@@ -486,6 +506,50 @@ def test_relevance_budgets_are_bit_equal_in_any_batch(kernels, length):
 def test_relevance_of_more_runs_than_a_grid_is_high(kernels):
     tensors = relevance_arguments("relevance_split", (65537, 129), torch.float32)  # a block takes one such run
     check_relevance(kernels, "relevance_split", *tensors, rule="rap")
+
+
+def check_similarity(kernels, *arguments):
+    check_similarity_weights(similarity_weights(kernels, *arguments), *arguments)
+
+
+# A warp a row and a block a row, whole packs and partial ones, more rows than a block takes.
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize("shape", [(9, 16), (3, 37), (1, 1), (2, 1024), (2, 1025), (2, 4100)], ids=str)
+@pytest.mark.parametrize("term", TERMS)
+def test_similarity_weights(kernels, term, shape, dtype):
+    u, v = features_like(shape, dtype, 1), features_like(shape, dtype, 2)
+    for weighting, dissimilarity in itertools.product(WEIGHTINGS, (False, True)):
+        check_similarity(kernels, u, v, term, weighting, dissimilarity)
+    check_similarity(kernels, u[:1], v, term)
+    check_similarity(kernels, u, v[:1], term)
+
+
+@pytest.mark.parametrize("channels", [50, 2000])
+@pytest.mark.parametrize("term", TERMS)
+def test_similarity_weights_of_odd_values(kernels, term, channels):
+    u, v = (features_like((8, channels), torch.float32, seed) for seed in (1, 2))
+    u[0, 3], v[1, 4], u[2, 5] = torch.nan, torch.inf, -torch.inf
+    v[2, 5] = -torch.inf
+    u[3] = 0
+    u[4] = v[4]
+    u[5, 1::2] = v[5, ::2] = 0
+    u[6], v[6] = u[6] * 1e25, v[6] * 1e-25
+    u[7], v[7] = u[7] * 1e18, v[7] * 1e18
+    for weighting, dissimilarity in itertools.product(WEIGHTINGS, (False, True)):
+        check_similarity(kernels, u, v, term, weighting, dissimilarity)
+
+
+@pytest.mark.parametrize("channels", [40, 41, 2048, 2051])
+def test_similarity_weights_are_bit_equal_in_any_batch_and_off_the_pack_alignment(kernels, channels):
+    u, v = features_like((1, channels), torch.float32, 1), features_like((3, channels), torch.float32, 2)
+    together = similarity_weights(kernels, u, v)
+    shifted = torch.cat([v.new_zeros(1), v.flatten()])[1:].view(v.shape)
+    wide = torch.cat([v, v], 1)[:, :channels]
+    for same in ((u.expand_as(v).contiguous(), v), (u, shifted), (u, wide)):
+        assert all(torch.equal(a, b) for a, b in zip(together, similarity_weights(kernels, *same), strict=True))
+    for row in range(3):
+        alone = similarity_weights(kernels, u, v[row : row + 1])
+        assert all(torch.equal(a[row : row + 1], b) for a, b in zip(together, alone, strict=True))
 
 
 @pytest.mark.parametrize(("inner", "outer"), [(7, 224), (7, 20), (14, 5), (31, 31), (224, 7), (1, 9), (9, 1), (97, 61)])

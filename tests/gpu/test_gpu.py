@@ -11,10 +11,13 @@ from fastcam._testing.kernel_cases import (
     LAYOUTS,
     RELEVANCE_CHECKS,
     RULES,
+    TERMS,
+    WEIGHTINGS,
     check_cam_map,
     check_channel_weights,
     check_mask_by_features,
     check_rescale_multipliers,
+    check_similarity_weights,
     features_like,
     relevance_arguments,
 )
@@ -304,12 +307,67 @@ def test_relevance_has_the_same_bits_fifty_times_and_in_any_batch(implementation
     assert torch.equal(combined[one], alone)
 
 
+def check_similarity(*arguments):
+    check_similarity_weights(fastcam.ops.similarity_weights(*arguments), *arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "channels_last"])
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+@pytest.mark.parametrize("term", TERMS)
+def test_small_similarity_weights_layouts_and_dtypes(implementation, term, weighting, layout, dtype):
+    for shape in ((3, 40), (3, 37), (2, 2051)):
+        u, v = values(shape, dtype, 1, layout), values(shape, dtype, 2, layout)
+        for arguments in ((u, v), (u[:1], v), (u, v[1:2])):
+            check_similarity(*arguments, term, weighting)
+            check_similarity(*arguments, term, weighting, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (70001, 3), (1000, 2048), (64, 512), (5, 1024), (3, 1025), (2, 100003)], ids=str
+)
+def test_similarity_weights(implementation, shape, dtype):
+    for term in TERMS:
+        check_similarity(values(shape, dtype, 1), values(shape, dtype, 2), term)
+        check_similarity(values((1, shape[1]), dtype, 1), values(shape, dtype, 2), term)
+
+
+def test_small_similarity_weights_of_odd_values(implementation):
+    for channels in (50, 3000):
+        u, v = values((7, channels), seed=1), values((7, channels), seed=2)
+        u[0, 3], v[1, 4], u[2, 5] = torch.nan, torch.inf, -torch.inf
+        u[3] = 0
+        u[4] = v[4]
+        u[5], v[5] = u[5] * 1e25, v[5] * 1e-25
+        for term in TERMS:
+            for weighting in WEIGHTINGS:
+                check_similarity(u, v, term, weighting)
+
+
+@pytest.mark.parametrize("shape", [(33, 37), (64, 512), (33, 2051), (8, 4096)], ids=str)
+def test_similarity_weights_have_the_same_bits_fifty_times_and_in_any_batch(implementation, shape):
+    u, v = values((1, shape[1]), seed=1), values(shape, seed=2)
+    for term in TERMS:
+        together = fastcam.ops.similarity_weights(u, v, term)
+        for _ in range(50):
+            again = fastcam.ops.similarity_weights(u, v, term)
+            assert all(torch.equal(a, b) for a, b in zip(together, again, strict=True))
+        expanded = fastcam.ops.similarity_weights(u.expand_as(v).contiguous(), v, term)
+        assert all(torch.equal(a, b) for a, b in zip(together, expanded, strict=True))
+        for one in (slice(1, 2), slice(3, 6)):
+            alone = fastcam.ops.similarity_weights(u, v[one], term)
+            assert all(torch.equal(a[one], b) for a, b in zip(together, alone, strict=True))
+
+
 def test_small_empty_batch(implementation):
     maps, raw, finite = cam_map(values((0, 4, 7, 7)), values((0, 3, 4)), size=(9, 8))
     assert (maps.shape, raw.shape, finite.shape) == ((0, 3, 9, 8), (0, 3, 7, 7), (0, 3))
     assert channel_weights(values((2, 4, 7, 7)), values((2, 0, 4, 7, 7))).shape == (2, 0, 4)
     assert mask_by_features(values((2, 3, 9, 9)), values((2, 4, 7, 7)), 8).shape == (0, 3, 9, 9)
 
+    similarity = fastcam.ops.similarity_weights(values((1, 5)), values((0, 5)))
+    assert [x.shape for x in similarity] == [(0, 5), (0, 5), (0,)]
     for shape in ((0, 4, 7, 7), (2, 0, 3)):
         empty = values(shape)
         assert fastcam.ops.rescale_multipliers(empty, empty, values((1, *shape[1:]))).shape == shape
@@ -343,7 +401,8 @@ def every_op(features, weights):
     masked = mask_by_features(maps.unsqueeze(1), features, 200, 120, scale=0.5)
     rescaled = fastcam.ops.rescale_multipliers(features, features - 0.5, features[:1] - 1, 0.01)
     coefficients = channel_weights(features, features, None, "grad_cam_pp")
-    return maps, raw, finite, coefficients, masked, rescaled, *every_relevance_op(features)
+    similarity = fastcam.ops.similarity_weights(weights[:1], weights)
+    return maps, raw, finite, coefficients, masked, rescaled, *similarity, *every_relevance_op(features)
 
 
 def every_relevance_op(x):
