@@ -24,8 +24,8 @@ SCHEMAS = {
     ),
     # (B,K,H,W) x (B[,T],K,H,W) -> contiguous (B[,T],K) in the accumulation dtype.
     "channel_weights": '(Tensor features, Tensor multipliers, Tensor? reference=None, str mode="mean") -> Tensor',
-    # LFI-CAM, features (B,K,h,w). Results shaped like them are as empty_like(features); grey and importance may be in the
-    # accumulation dtype. (B,1,h,w) -> masks
+    # LFI-CAM, features (B,K,h,w). Results shaped like them are as empty_like(features); grey and importance may be in
+    # the accumulation dtype. (B,1,h,w) -> masks
     "lfi_mask": "(Tensor features, Tensor grey) -> Tensor",
     "lfi_mask_backward": "(Tensor grad, Tensor features, Tensor grey) -> Tensor",
     # (B,K) -> the features' kin, and contiguous (B,1,h,w) maps in the accumulation dtype

@@ -7,8 +7,6 @@ import torch
 import triton
 import triton.language as tl
 
-from . import _launch
-
 __all__ = ["MAP_BLOCK", "WARPS", "extremes", "extremes_of_map", "load", "place", "shares", "tiling", "written"]
 
 # (channels, positions) of a tile, by memory order and positions of an image: 2048 elements, as in channel_weights.
@@ -40,7 +38,7 @@ def _narrowed(low, high, odd, x, mask):
 
 @triton.jit
 def extremes(rows, known, positions, stride, ACC: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr):
-    """Of each channel (CHANNELS,1), whose first elements `rows` (CHANNELS,1) points at; low is NaN if an element is."""
+    """Of each channel (CHANNELS,1), whose first elements `rows` points at; low is NaN if an element is."""
     low = tl.full((CHANNELS, POSITIONS), float("inf"), ACC)
     high = tl.full((CHANNELS, POSITIONS), float("-inf"), ACC)
     odd = tl.zeros((CHANNELS, POSITIONS), dtype=tl.int32)

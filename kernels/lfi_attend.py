@@ -2,8 +2,8 @@
 
     P = max(sum_k s_k F_k, 0);  A = (P - min P) / (max P - min P), NaN if P is not finite;  attended = (1 + A) F
 
-cam_map's kernels add the channels up; then a program a map finds its extremes and scales it, and a pass over the features
-multiplies.
+cam_map's kernels add the channels up; then a program a map finds its extremes and scales it, and a pass over the
+features multiplies.
 """
 
 import torch

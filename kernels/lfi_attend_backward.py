@@ -107,8 +107,8 @@ def launch(
     """Both gradients; arguments and results as the op's schema `fastcam::lfi_attend_backward`.
 
     Shapes: grad_attended and features (B,K,h,w), importance (B,K), maps (B,1,h,w) -> (B,K,h,w), (B,K).
-    Layout, dtype: the first as empty_like(features), the second contiguous in importance's dtype. NCHW and channels_last
-    features are read as they lie; grad_attended is copied to their order if it lies otherwise.
+    Layout, dtype: the first as empty_like(features), the second contiguous in importance's dtype. NCHW and
+    channels_last features are read as they lie; grad_attended is copied to their order if it lies otherwise.
     Errors: RuntimeError for tensors this process cannot run on; the public function has checked everything else.
     """
     batch, channels, height, width = features.shape

@@ -62,8 +62,8 @@ def launch(grad: torch.Tensor, features: torch.Tensor, grey: torch.Tensor) -> to
     """The gradient in the features; arguments and result as the op's schema `fastcam::lfi_mask_backward`.
 
     Shapes: grad and features (B,K,h,w), grey (B,1,h,w) -> (B,K,h,w).
-    Layout, dtype: those of empty_like(features). NCHW and channels_last features are read as they lie; grad is copied to
-    their order if it lies otherwise.
+    Layout, dtype: those of empty_like(features). NCHW and channels_last features are read as they lie; grad is copied
+    to their order if it lies otherwise.
     Errors: RuntimeError for tensors this process cannot run on; the public function has checked everything else.
     """
     batch, channels, height, width = features.shape

@@ -1,7 +1,7 @@
 """LFI-CAM's masks and attention, forward and backward as in training, against eager and compiled PyTorch.
 
-Baselines: `eager` is a module of plain torch ops with the same results and gradients; `compile` a warm torch.compile of it.
-`copy` moves what the four ops have to read and write, and the sum of the features' two gradients. `saved_mib` is the
+Baselines: `eager` is a module of plain torch ops with the same results and gradients; `compile` a warm torch.compile of
+it. `copy` moves what the four ops have to read and write, and the sum of the features' two gradients. `saved_mib` is the
 memory that autograd keeps for the backward pass: each storage once, as the saved-tensor hooks see it.
 """
 
@@ -107,7 +107,8 @@ def main() -> None:
                     "compile": lambda c=compiled, x=inputs, g=grads: step(c, x, g),
                 },
                 expected,
-                (1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps) * max(x.abs().max() for x in expected).item(),
+                (1e-5 if dtype == torch.float32 else 8 * torch.finfo(dtype).eps)
+                * max(x.abs().max() for x in expected).item(),
                 13 * inputs[0].nbytes,
                 options,
                 op="lfi_attend",

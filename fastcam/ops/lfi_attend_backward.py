@@ -33,8 +33,8 @@ def lfi_attend_backward(
         p = d + [P = l] (sum d A - sum d) / count(P = l) - [P = u] sum d A / count(P = u), + grad_raw;  0 where P <= 0
         grad_features_k = (1 + A) grad_attended_k + s_k p;  grad_importance_k = sum p F_k
     Of a constant P, p is a ("raw") or 0 ("zeros"), + grad_raw. An image whose attention is NaN has NaN for p.
-    Shapes: grad_attended and features (B,K,h,w); importance (B,K); all maps (B,1,h,w). Returns (B,K,h,w) and (B,K). B may
-    be 0.
+    Shapes: grad_attended and features (B,K,h,w); importance (B,K); all maps (B,1,h,w). Returns (B,K,h,w) and (B,K). B
+    may be 0.
     Dtype and layout: float64, float32, float16 or bfloat16, grad_attended and features alike; importance in their dtype
     or, like the maps, in the accumulation dtype; any strides. grad_features has the dtype and the strides of
     empty_like(features), grad_importance is contiguous in importance's dtype. Arithmetic in float64 for float64, else
