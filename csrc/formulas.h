@@ -341,4 +341,48 @@ FASTCAM_HD V similarity_weight(V part, V base, V gain, V divisor, V shift) {
   return scaled + shift;
 }
 
+// ---- LFI-CAM ----
+
+// The lower of two, NaN if one is.
+template <typename V>
+FASTCAM_HD V lfi_lower(V x, V low) {
+  const V lower = x < low ? x : low;  // a NaN in `low` stays
+  return x == x ? lower : x;
+}
+
+// Where f lies between its channel's extremes: 1 in a constant channel, 0 where f is 0. A NaN `low` gives NaN.
+template <typename V>
+FASTCAM_HD V lfi_normalized(V f, V low, V high) {
+  const V found = (f - low) / (high - low);
+  const V unless_constant = low == high ? V{} + 1 : found;
+  const V at_zero = low == low ? V{} : low;
+  return f == 0 ? at_zero : unless_constant;
+}
+
+// The gradient of a channel's normalised values, before it is divided by the channel's extent.
+template <typename V>
+FASTCAM_HD V lfi_passed(V grad, V grey, V f) {
+  const V product = grad * grey;
+  return f == 0 ? V{} : product;
+}
+
+// The gradient d / extent of (x - low) / (high - low) and what its lowest and highest values get in addition.
+template <typename V>
+FASTCAM_HD V lfi_through_min_max(V d, V x, V low, V high, V at_low, V at_high) {
+  const V lowest = x == low ? at_low : V{};
+  const V highest = x == high ? at_high : V{};
+  return d / (high - low) + lowest - highest;
+}
+
+// What each of the lowest and of the highest values gets, from sums over d and d * scaled and the number of those values.
+template <typename A>
+struct LfiShares {
+  A at_low, at_high;
+};
+
+template <typename A>
+FASTCAM_HD LfiShares<A> lfi_shares(A total, A weighted, A lowest, A highest, A extent) {
+  return {(weighted - total) / extent / lowest, weighted / extent / highest};
+}
+
 }  // namespace fastcam

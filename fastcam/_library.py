@@ -24,6 +24,20 @@ SCHEMAS = {
     ),
     # (B,K,H,W) x (B[,T],K,H,W) -> contiguous (B[,T],K) in the accumulation dtype.
     "channel_weights": '(Tensor features, Tensor multipliers, Tensor? reference=None, str mode="mean") -> Tensor',
+    # LFI-CAM, features (B,K,h,w). Results shaped like them are as empty_like(features); grey and importance may be in
+    # the accumulation dtype. (B,1,h,w) -> masks
+    "lfi_mask": "(Tensor features, Tensor grey) -> Tensor",
+    "lfi_mask_backward": "(Tensor grad, Tensor features, Tensor grey) -> Tensor",
+    # (B,K) -> the features' kin, and contiguous (B,1,h,w) maps in the accumulation dtype
+    "lfi_attend": (
+        '(Tensor features, Tensor importance, str constant_map="raw") -> '
+        "(Tensor attended, Tensor attention, Tensor raw)"
+    ),
+    # -> the features' kin, and contiguous (B,K) in importance's dtype
+    "lfi_attend_backward": (
+        "(Tensor grad_attended, Tensor? grad_attention, Tensor? grad_raw, Tensor features, Tensor importance, "
+        'Tensor attention, Tensor raw, str constant_map="raw") -> (Tensor grad_features, Tensor grad_importance)'
+    ),
     # (B,C,H,W) x (B,K,h,w) -> (count,C,H,W) in the images' dtype; channels_last where the images are channels_last and
     # not also contiguous, else contiguous.
     "mask_by_features": (

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "LAYOUTS", "RELEVANCE_CHECKS", "RULES", "TERMS", "WEIGHTINGS", "cam_map_oracle", "channel_weights_oracle",
-    "check_cam_map", "check_channel_weights", "check_mask_by_features", "check_relevance_add",
-    "check_relevance_budgets", "check_relevance_combine", "check_relevance_divide", "check_relevance_equilibrium",
-    "check_relevance_split", "check_rescale_multipliers", "check_similarity_weights", "features_like",
-    "mask_by_features_oracle", "relevance_arguments", "relevance_combine_oracle", "relevance_equilibrium_oracle",
-    "relevance_split_oracle", "rescale_multipliers_oracle", "similarity_weights_oracle",
+    "LAYOUTS", "LFI_CHECKS", "RELEVANCE_CHECKS", "RULES", "TERMS", "WEIGHTINGS", "cam_map_oracle",
+    "channel_weights_oracle", "check_cam_map", "check_channel_weights", "check_lfi_attend",
+    "check_lfi_attend_backward", "check_lfi_mask", "check_lfi_mask_backward", "check_mask_by_features",
+    "check_relevance_add", "check_relevance_budgets", "check_relevance_combine", "check_relevance_divide",
+    "check_relevance_equilibrium", "check_relevance_split", "check_rescale_multipliers", "check_similarity_weights",
+    "features_like", "lfi_arguments", "lfi_attend_oracle", "lfi_mask_oracle", "mask_by_features_oracle",
+    "relevance_arguments", "relevance_combine_oracle", "relevance_equilibrium_oracle", "relevance_split_oracle",
+    "rescale_multipliers_oracle", "similarity_weights_oracle",
 ]  # fmt: skip
 
 #: name -> function that returns the same values in another memory layout
@@ -436,6 +438,140 @@ RELEVANCE_CHECKS: dict[str, Callable[..., None]] = {
     "relevance_budgets": check_relevance_budgets,
     "relevance_equilibrium": check_relevance_equilibrium,
     "relevance_combine": check_relevance_combine,
+}
+
+
+def lfi_arguments(
+    op: str,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    layout: str = "contiguous",
+    wide: bool = False,
+    device: str = "cpu",
+) -> tuple[Any, ...]:
+    """The tensors of an lfi_* op: features with zeros, ties, a constant and a dead channel, an image without attention.
+
+    wide       grey and importance in the accumulation dtype
+    """
+    b, k, h, w = shape
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    features, grad = features_like(shape, dtype, 1), features_like(shape, dtype, 2)
+    features[:, ::2] = features[:, ::2].relu()
+    features[:, 1::3] = (4 * features[:, 1::3]).round() / 4
+    features[0, 0], features[-1, -1] = 0.5, 0
+    grey = features_like((b, 1, h, w), acc if wide else dtype, 3)
+    importance = features_like((b, k), acc if wide else dtype, 4)
+    if b > 2:
+        features[1], importance[1] = features[1].abs(), -importance[1].abs()
+    grad_attention, grad_raw = features_like((b, 1, h, w), acc, 5), features_like((b, 1, h, w), acc, 6)
+    features, grad = LAYOUTS[layout](features), LAYOUTS[layout](grad)
+    raw = lfi_attend_oracle(features, importance)[2].to(acc)
+    attention = _scaled(raw.double(), "raw").to(acc)
+    tensors: dict[str, tuple[Tensor, ...]] = {
+        "lfi_mask": (features, grey),
+        "lfi_mask_backward": (grad, features, grey),
+        "lfi_attend": (features, importance),
+        "lfi_attend_backward": (grad, grad_attention, grad_raw, features, importance, attention, raw),
+    }
+    return tuple(x.to(device) for x in tensors[op])
+
+
+def _scaled(p: Tensor, constant_map: str) -> Tensor:
+    """Min-max scaling over positions that autograd can go through."""
+    low, high = p.amin((2, 3), keepdim=True), p.amax((2, 3), keepdim=True)
+    flat = low == high
+    kept = p if constant_map == "raw" else torch.zeros_like(p)
+    found = torch.where(flat, kept, (p - low) / torch.where(flat, 1.0, high - low))
+    return torch.where(p.isfinite().all(-1, True).all(-2, True), found, torch.nan)
+
+
+def lfi_mask_oracle(features: Tensor, grey: Tensor) -> Tensor:
+    """The masks in float64 on the CPU."""
+    f, g = _double(features, grey)
+    low, high = f.amin((2, 3), keepdim=True), f.amax((2, 3), keepdim=True)
+    flat = low == high
+    n = torch.where(flat, 1.0, (f - low) / torch.where(flat, 1.0, high - low))
+    return torch.where((f == 0) & ~f.isnan().any(-1, True).any(-2, True), 0.0, n) * g
+
+
+def lfi_attend_oracle(
+    features: Tensor, importance: Tensor, constant_map: str = "raw"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(attended, attention, raw) in float64 on the CPU, and each image's greatest sum of |s| |F|."""
+    f, s = _double(features, importance)
+    products = s[:, :, None, None] * f
+    m = products.sum(1, keepdim=True)
+    raw = torch.where(m <= 0, 0.0, m)
+    attention = _scaled(raw, constant_map)
+    magnitude = products.abs().sum(1, keepdim=True).amax((2, 3), keepdim=True)
+    return (1 + attention) * f, attention, raw, magnitude
+
+
+def check_lfi_mask(got: Tensor, features: Tensor, grey: Tensor) -> None:
+    """Shape, dtype, layout, NaN and values for these arguments of the op."""
+    want = lfi_mask_oracle(features, grey)
+    _check_relevance(got, features, want, 8 * want.abs(), "masks")
+
+
+def check_lfi_mask_backward(got: Tensor, grad: Tensor, features: Tensor, grey: Tensor) -> None:
+    """Shape, dtype, layout, NaN and values for these arguments of the op: autograd through the oracle."""
+    g, f, shade = _double(grad, features, grey)
+    f.requires_grad_()
+    (want,) = torch.autograd.grad(lfi_mask_oracle(f, shade), f, g)
+    f = f.detach()
+    extent = f.amax((2, 3), keepdim=True) - f.amin((2, 3), keepdim=True)
+    passed = (g * shade / torch.where(extent == 0, 1.0, extent)).abs()
+    _check_relevance(got, features, want, 16 * (passed + passed.sum((2, 3), keepdim=True)), "gradient")
+
+
+def check_lfi_attend(got: Sequence[Tensor], features: Tensor, importance: Tensor, constant_map: str = "raw") -> None:
+    """Shapes, dtypes, layouts, NaN and values of (attended, attention, raw) for these arguments of the op."""
+    attended, attention, raw = got
+    want_attended, want_attention, want_raw, magnitude = lfi_attend_oracle(features, importance, constant_map)
+    acc = torch.float64 if features.dtype == torch.float64 else torch.float32
+    assert (attention.dtype, raw.dtype) == (acc, acc)
+    assert attention.is_contiguous()
+    assert raw.is_contiguous()
+    assert attention.shape == raw.shape == want_raw.shape
+    eps = torch.finfo(acc).eps
+    error = 8 * magnitude * torch.ones_like(want_raw)
+    _within(raw, want_raw, error * eps, "raw")
+    extent = want_raw.amax((2, 3), keepdim=True) - want_raw.amin((2, 3), keepdim=True)
+    error = torch.where(extent == 0, error, 4 * error / extent + 4)
+    _within(attention, want_attention, error * eps, "attention")
+    f = features.cpu().double().abs()
+    _check_relevance(attended, features, want_attended, (error + 8 * (1 + want_attention.abs())) * f, "attended")
+
+
+def check_lfi_attend_backward(
+    got: Sequence[Tensor], grad_attended: Tensor, grad_attention: Tensor | None, grad_raw: Tensor | None,
+    features: Tensor, importance: Tensor, attention: Tensor, raw: Tensor, constant_map: str = "raw",
+) -> None:  # fmt: skip
+    """Shapes, dtypes, layouts and values of both gradients for these arguments: autograd through the scaling of raw."""
+    g, f, s, p = _double(grad_attended, features, importance, raw)
+    given, extra = (torch.zeros_like(p) if x is None else x.cpu().double() for x in (grad_attention, grad_raw))
+    p.requires_grad_()
+    a = _scaled(p, constant_map)
+    (grad_p,) = torch.autograd.grad([(1 + a) * f, a], p, [g, given], allow_unused=True, materialize_grads=True)
+    a, p = a.detach(), p.detach()
+    pre = torch.where(p > 0, grad_p + extra, 0.0)
+    s = s[:, :, None, None]
+    want, want_importance = (1 + a) * g + s * pre, (pre * f).sum((2, 3))
+    extent = p.amax((2, 3), keepdim=True) - p.amin((2, 3), keepdim=True)
+    size = ((g * f).abs().sum(1, keepdim=True) + given.abs()) / torch.where(extent == 0, 1.0, extent)
+    size = size + size.sum((2, 3), keepdim=True) + extra.abs()
+    assert len(got) == 2
+    _check_relevance(got[0], features, want, 16 * ((1 + a) * g.abs() + s.abs() * size), "gradient of the features")
+    like = torch.empty(importance.shape, dtype=importance.dtype)
+    _check_relevance(got[1], like, want_importance, 16 * (size * f.abs()).sum((2, 3)), "gradient of the importances")
+
+
+#: op -> what checks its results
+LFI_CHECKS: dict[str, Callable[..., None]] = {
+    "lfi_mask": check_lfi_mask,
+    "lfi_mask_backward": check_lfi_mask_backward,
+    "lfi_attend": check_lfi_attend,
+    "lfi_attend_backward": check_lfi_attend_backward,
 }
 
 

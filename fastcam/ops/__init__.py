@@ -3,8 +3,11 @@
 The same ops stand at `torch.ops.fastcam.<name>` for graphs and C++; those are not differentiable on their own.
 """
 
+from fastcam.ops import lfi_attend_backward, lfi_mask_backward  # noqa: F401  (registered, not for callers)
 from fastcam.ops.cam_map import cam_map, cam_map_with_raw
 from fastcam.ops.channel_weights import channel_weights
+from fastcam.ops.lfi_attend import lfi_attend
+from fastcam.ops.lfi_mask import lfi_mask
 from fastcam.ops.mask_by_features import mask_by_features
 from fastcam.ops.relevance_add import relevance_add
 from fastcam.ops.relevance_budgets import relevance_budgets
@@ -19,6 +22,8 @@ __all__ = [
     "cam_map",
     "cam_map_with_raw",
     "channel_weights",
+    "lfi_attend",
+    "lfi_mask",
     "mask_by_features",
     "relevance_add",
     "relevance_budgets",

@@ -2,6 +2,10 @@
 
 from fastcam.reference.cam_map import cam_map
 from fastcam.reference.channel_weights import channel_weights
+from fastcam.reference.lfi_attend import lfi_attend
+from fastcam.reference.lfi_attend_backward import lfi_attend_backward
+from fastcam.reference.lfi_mask import lfi_mask
+from fastcam.reference.lfi_mask_backward import lfi_mask_backward
 from fastcam.reference.mask_by_features import mask_by_features
 from fastcam.reference.relevance_add import relevance_add
 from fastcam.reference.relevance_budgets import relevance_budgets
@@ -15,6 +19,10 @@ from fastcam.reference.similarity_weights import similarity_weights
 __all__ = [
     "cam_map",
     "channel_weights",
+    "lfi_attend",
+    "lfi_attend_backward",
+    "lfi_mask",
+    "lfi_mask_backward",
     "mask_by_features",
     "relevance_add",
     "relevance_budgets",

@@ -1,6 +1,10 @@
 // The CUDA kernels behind C functions, built with the emulator of fake/ by an ordinary C++ compiler.
 #include "cuda/cam_map.cuh"
 #include "cuda/channel_weights.cuh"
+#include "cuda/lfi_attend.cuh"
+#include "cuda/lfi_attend_backward.cuh"
+#include "cuda/lfi_mask.cuh"
+#include "cuda/lfi_mask_backward.cuh"
 #include "cuda/mask_by_features.cuh"
 #include "cuda/relevance_add.cuh"
 #include "cuda/relevance_budgets.cuh"
@@ -159,6 +163,52 @@ int similarity_weights(const void* first, const void* second, void* contribution
   return run_similarity_weights(x, nullptr);
 }
 
+LfiShape lfi_shape(const int64_t* sizes, bool channels_last) { return {sizes[0], sizes[1], sizes[2], channels_last}; }
+
+template <typename T>
+int lfi_mask(const void* const* in, void* const* out, const int64_t* sizes, bool channels_last) {
+  const LfiMaskArgs<T> x = {static_cast<const T*>(in[0]), static_cast<const Accumulate<T>*>(in[1]), static_cast<T*>(out[0]),
+                            lfi_shape(sizes, channels_last)};
+  return run_lfi_mask(x, nullptr);
+}
+
+template <typename T>
+int lfi_mask_backward(const void* const* in, void* const* out, const int64_t* sizes, bool channels_last) {
+  const LfiMaskBackwardArgs<T> x = {static_cast<const T*>(in[0]), static_cast<const T*>(in[1]),
+                                    static_cast<const Accumulate<T>*>(in[2]), static_cast<T*>(out[0]),
+                                    lfi_shape(sizes, channels_last)};
+  return run_lfi_mask_backward(x, nullptr);
+}
+
+template <typename T>
+int lfi_attend(const void* const* in, void* const* out, const int64_t* sizes, bool channels_last, bool keeps_constant) {
+  using A = Accumulate<T>;
+  LfiAttendArgs<T> x = {};
+  x.features = static_cast<const T*>(in[0]), x.importance = static_cast<const A*>(in[1]);
+  x.out = static_cast<T*>(out[0]), x.attention = static_cast<A*>(out[1]), x.raw = static_cast<A*>(out[2]);
+  x.shape = lfi_shape(sizes, channels_last), x.keeps_constant = keeps_constant;
+  const auto plan = plan_lfi_attend(x);
+  auto partials = poisoned<A>(plan.partials);
+  return run_lfi_attend(plan, x, partials.data(), nullptr);
+}
+
+template <typename T>
+int lfi_attend_backward(const void* const* in, void* const* out, const int64_t* sizes, bool channels_last,
+                        bool keeps_constant) {
+  using A = Accumulate<T>;
+  LfiAttendBackwardArgs<T> x = {};
+  x.grad = static_cast<const T*>(in[0]), x.features = static_cast<const T*>(in[3]);
+  x.grad_attention = static_cast<const A*>(in[1]), x.grad_raw = static_cast<const A*>(in[2]);
+  x.importance = static_cast<const A*>(in[4]), x.attention = static_cast<const A*>(in[5]);
+  x.raw = static_cast<const A*>(in[6]);
+  x.out = static_cast<T*>(out[0]), x.grad_importance = static_cast<A*>(out[1]);
+  x.shape = lfi_shape(sizes, channels_last), x.keeps_constant = keeps_constant;
+  const auto plan = plan_lfi_attend_backward(x);
+  auto partials = poisoned<A>(plan.partials), map_gradient = poisoned<A>(x.shape.images * x.shape.positions);
+  x.map_gradient = map_gradient.data();
+  return run_lfi_attend_backward(plan, x, partials.data(), nullptr);
+}
+
 }  // namespace
 
 // dtype: 0 float64, 1 float32, 2 float16, 3 bfloat16.
@@ -224,6 +274,26 @@ EXPORT int emulate_relevance_combine(int dtype, const void* inputs, const void* 
 EXPORT int emulate_similarity_weights(int dtype, const void* first, const void* second, void* contributions, void* weights,
                                       void* total, const int64_t* sizes, const int* switches) {
   BY_DTYPE(similarity_weights, first, second, contributions, weights, total, sizes, switches)
+}
+
+// `in`: tensors in the order of the op's arguments, null for none; `out`: the results. `sizes`: images, channels, positions.
+EXPORT int emulate_lfi_mask(int dtype, const void* const* in, void* const* out, const int64_t* sizes, bool channels_last) {
+  BY_DTYPE(lfi_mask, in, out, sizes, channels_last)
+}
+
+EXPORT int emulate_lfi_mask_backward(int dtype, const void* const* in, void* const* out, const int64_t* sizes,
+                                     bool channels_last) {
+  BY_DTYPE(lfi_mask_backward, in, out, sizes, channels_last)
+}
+
+EXPORT int emulate_lfi_attend(int dtype, const void* const* in, void* const* out, const int64_t* sizes, bool channels_last,
+                              bool keeps_constant) {
+  BY_DTYPE(lfi_attend, in, out, sizes, channels_last, keeps_constant)
+}
+
+EXPORT int emulate_lfi_attend_backward(int dtype, const void* const* in, void* const* out, const int64_t* sizes,
+                                       bool channels_last, bool keeps_constant) {
+  BY_DTYPE(lfi_attend_backward, in, out, sizes, channels_last, keeps_constant)
 }
 
 // The shared arithmetic by itself.

@@ -15,6 +15,7 @@ import torch
 
 from fastcam._testing.kernel_cases import (
     LAYOUTS,
+    LFI_CHECKS,
     RELEVANCE_CHECKS,
     RULES,
     TERMS,
@@ -25,6 +26,7 @@ from fastcam._testing.kernel_cases import (
     check_rescale_multipliers,
     check_similarity_weights,
     features_like,
+    lfi_arguments,
     relevance_arguments,
 )
 
@@ -557,3 +559,73 @@ def test_first_output_inverts_the_source_row(kernels, inner, outer):
     rows = [kernels.source_row_f32(output, inner, outer) for output in range(outer)]
     for cell in range(inner + 1):
         assert kernels.first_output_f32(cell, inner, outer) == sum(row < cell for row in rows)
+
+
+def lfi(kernels, op, *arguments):
+    """For dense features and gradients of one memory order; maps and importances are widened as bindings do."""
+    *given, constant_map = arguments if isinstance(arguments[-1], str) else (*arguments, None)
+    like = {"lfi_mask_backward": (0, 1), "lfi_attend_backward": (0, 3)}.get(op, (0,))
+    features = given[like[-1]]
+    acc = torch.float64 if features.dtype == torch.float64 else torch.float32
+    tensors = [x if x is None or i in like else x.to(acc) for i, x in enumerate(given)]
+    b, k, h, w = features.shape
+    results = [torch.full_like(features, torch.nan)]
+    if op == "lfi_attend":
+        results += [torch.full((b, 1, h, w), torch.nan, dtype=acc) for _ in range(2)]
+    if op == "lfi_attend_backward":
+        results.append(torch.full((b, k), torch.nan, dtype=acc))
+    status = getattr(kernels, f"emulate_{op}")(
+        DTYPES[features.dtype], pointers(*tensors), pointers(*results), ints(ctypes.c_int64, b, k, h * w),
+        not features.is_contiguous(), *([] if "mask" in op else [constant_map != "zeros"]),
+    )  # fmt: skip
+    assert status == 0
+    return results if len(results) > 1 else results[0]
+
+
+# Whole packs, odd sizes, more channels than a block's, a map of several shares, one channel, one position.
+LFI_SHAPES = [
+    (3, 12, 4, 4),
+    (3, 35, 7, 7),
+    (2, 130, 7, 7),
+    (2, 9, 14, 13),
+    (1, 40, 17, 20),
+    (2, 1, 3, 5),
+    (3, 67, 1, 1),
+]
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", LFI_SHAPES, ids=str)
+@pytest.mark.parametrize("op", LFI_CHECKS)
+def test_lfi(kernels, op, shape, layout, dtype):
+    arguments = list(lfi_arguments(op, shape, dtype, layout))
+    if op == "lfi_attend_backward":  # importances as the kernels return their gradients
+        arguments[4] = arguments[4].to(arguments[5].dtype)
+    LFI_CHECKS[op](lfi(kernels, op, *arguments), *arguments)
+
+
+@pytest.mark.parametrize("constant_map", ["raw", "zeros"])
+def test_lfi_constant_and_non_finite(kernels, constant_map):
+    features, importance = lfi_arguments("lfi_attend", (4, 5, 4, 6), torch.float32)
+    features[2], importance[2] = 0.5, 1.0
+    features[0, 1, 2, 3], features[3, 2, 1, 1] = torch.nan, torch.inf
+    importance[0], importance[3] = 1.0, 1.0
+    found = lfi(kernels, "lfi_attend", features, importance, constant_map)
+    LFI_CHECKS["lfi_attend"](found, features, importance, constant_map)
+    assert found[1].isnan().flatten(1).all(1).tolist() == [True, False, False, True]
+    masks = lfi(kernels, "lfi_mask", features, features[:, :1].nan_to_num(posinf=1))
+    assert masks.isnan().flatten(2).all(2).nonzero().tolist() == [[0, 1]]
+    grad, *maps, _, _, attention, raw = lfi_arguments("lfi_attend_backward", (4, 5, 4, 6), torch.float32)
+    arguments = [grad[1:3], None, None, features[1:3], importance[1:3], found[1][1:3], found[2][1:3], constant_map]
+    LFI_CHECKS["lfi_attend_backward"](lfi(kernels, "lfi_attend_backward", *arguments), *arguments)
+    odd = [grad, *maps, features, importance, found[1], found[2], constant_map]
+    assert lfi(kernels, "lfi_attend_backward", *odd)[0][[0, 3]].isnan().all()
+
+
+@pytest.mark.parametrize("op", LFI_CHECKS)
+def test_lfi_is_bit_equal_in_any_batch(kernels, op):
+    arguments = lfi_arguments(op, (3, 300, 7, 7), torch.float32)
+    together, alone = (lfi(kernels, op, *x) for x in (arguments, [x[1:2] for x in arguments]))
+    pairs = zip(together, alone, strict=True) if isinstance(together, list) else [(together, alone)]
+    assert all(torch.equal(a[1:2], b) for a, b in pairs)

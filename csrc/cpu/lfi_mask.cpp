@@ -1,0 +1,57 @@
+// lfi_mask on CPUs: partition into tasks, the leaves of lfi_mask_leaves.h, registration.
+//
+// A task is (image, range of channels); each channel is one task's, so results depend neither on the batch nor on the
+// thread count.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include "cpu/lfi_images.h"
+#include "cpu/lfi_mask_leaves.h"
+
+namespace fastcam::cpu {
+namespace {
+
+using at::Tensor;
+
+template <typename S>
+void compute(const Tensor& features, const Tensor& grey, const LfiResult& out, bool channels_last) {
+  const int64_t channels = features.size(1), positions = features.size(2) * features.size(3);
+  const int64_t block = lfi_channels_of_task(positions), blocks = (channels + block - 1) / block;
+  const Images images = as_images(features, channels_last);
+  const auto* shades = grey.const_data_ptr<Accumulate<S>>();
+  at::parallel_for(0, features.size(0) * blocks, grain(positions * std::min(block, channels)), [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / blocks;
+      LfiMaskArgs<S> args;
+      args.features = images.at<S>(b), args.grey = shades + b * positions, args.out = out.at<S>(b);
+      args.feature_row = images.row, args.out_row = out.images.row, args.positions = positions;
+      args.k0 = task % blocks * block, args.k1 = std::min(channels, args.k0 + block);
+      channels_last ? run<LfiMaskPositions<S>>(args) : run<LfiMaskChannels<S>>(args);
+    }
+  });
+}
+
+Tensor lfi_mask(const Tensor& features, const Tensor& grey) {
+  const char* op = "lfi_mask";
+  refuse_grad(op, features, grey);
+  check_features(op, features);
+  check_map(op, "grey", grey, features);
+  const bool channels_last = prefers_channels_last(features);
+  const LfiResult out(features, channels_last);
+  if (out.tensor.numel() == 0) return out.tensor;
+  const Tensor g = widened(grey);
+  switch (features.scalar_type()) {
+    case at::kDouble: compute<double>(features, g, out, channels_last); break;
+    case at::kFloat: compute<float>(features, g, out, channels_last); break;
+    case at::kHalf: compute<Half>(features, g, out, channels_last); break;
+    case at::kBFloat16: compute<BFloat16>(features, g, out, channels_last); break;
+    default: TORCH_CHECK_TYPE(false, op, ": features are ", features.scalar_type());
+  }
+  return out.finished();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastcam, CPU, m) { m.impl("lfi_mask", lfi_mask); }
+
+}  // namespace fastcam::cpu

@@ -1,0 +1,67 @@
+"""Triton's `lfi_mask` under the interpreter. Oracle and tolerances: `fastcam/_testing/kernel_cases.py`."""
+
+import importlib
+
+import pytest
+import torch
+
+from fastcam._testing.kernel_cases import LAYOUTS, check_lfi_mask, lfi_arguments
+
+kernel = importlib.import_module("fastcam.kernels.lfi_mask")
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def check(*arguments):
+    check_lfi_mask(kernel.launch(*arguments), *arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("wide", [False, True])
+def test_layouts_and_dtypes(wide, layout, dtype):
+    check(*lfi_arguments("lfi_mask", (3, 35, 3, 7), dtype, layout, wide))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 1, 4, 4), (1, 70, 1, 1), (2, 3, 17, 16), (1, 5, 40, 31), (1, 2, 1, 1)], ids=str)
+def test_shapes(shape, layout):
+    check(*lfi_arguments("lfi_mask", shape, torch.float32, layout))
+
+
+def test_nan_stays_in_its_channel():
+    features, grey = lfi_arguments("lfi_mask", (2, 5, 4, 6), torch.float32)
+    features[1, 2, 3, 1] = torch.nan
+    check(features, grey)
+    assert kernel.launch(features, grey).isnan().flatten(2).all(2).nonzero().tolist() == [[1, 2]]
+
+
+def test_empty():
+    arguments = [x[:0] for x in lfi_arguments("lfi_mask", (2, 5, 4, 6), torch.float32)]
+    found = kernel.launch(*arguments)
+    shapes = [tuple(x.shape) for x in (found if isinstance(found, tuple) else (found,))]
+    assert shapes == [(0, 5, 4, 6)]
+
+
+def test_same_bits_again_and_in_any_batch():
+    arguments = lfi_arguments("lfi_mask", (3, 70, 7, 7), torch.float32)
+    together, again, alone = (kernel.launch(*x) for x in (arguments, arguments, [x[1:2] for x in arguments]))
+    if not isinstance(together, tuple):
+        together, again, alone = (together,), (again,), (alone,)
+    for a, b, c in zip(together, again, alone, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a[1:2], c)
+
+
+def test_backend_reaches_the_launcher(monkeypatch):
+    import fastcam
+    from fastcam.ops.lfi_mask import lfi_mask
+
+    calls = []
+    arguments = lfi_arguments("lfi_mask", (2, 9, 5, 7), torch.float32)
+    run = kernel._mask.run
+    monkeypatch.setattr(kernel._mask, "run", lambda *a, **k: calls.append(1) or run(*a, **k))
+    with fastcam.backend("triton"):
+        got = lfi_mask(*arguments)
+    assert calls
+    with fastcam.backend("reference"):
+        torch.testing.assert_close(got, lfi_mask(*arguments), rtol=1e-4, atol=1e-4)
