@@ -11,8 +11,13 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line (default: the process's) and returns the exit status."""
-    given = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
     try:
+        if words[:1] == ["train-lficam"]:
+            from fastcam.nn import train  # its parser shows defaults that stand there
+
+            return train.main(words[1:])
+        given = _parser().parse_args(words)
         return int(given.run(given))
     except ImportError as error:
         print(f"fastcam: {error}", file=sys.stderr)
@@ -38,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
     demo.set_defaults(run=_demo)
 
+    commands.add_parser("train-lficam", help="train an LFI-CAM network on class folders of images, or the testbed")
     commands.add_parser("methods", help="list the methods with their sources").set_defaults(run=_list_methods)
     commands.add_parser("info", help="versions, build, backends, switches").set_defaults(run=_info)
     return parser

@@ -98,8 +98,8 @@ def pair(name: str) -> PairMethod:
 
 
 def methods() -> dict[str, dict[str, Any]]:
-    """Every method by name: a one-line `summary`, its `source`, what it `explains` ("images", for most), and its `options`
-    with their defaults."""
+    """Every method by name: a one-line `summary`, its `source`, what it `explains` ("images", for most), and its
+    `options` with their defaults."""
     return {
         name: {
             "summary": method.summary,

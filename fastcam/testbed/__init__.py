@@ -10,15 +10,17 @@ Needs the extra `testbed` (scikit-learn, scikit-image, safetensors, pillow); imp
 
 from .models import EMBEDDERS, MEAN, MODELS, STD, build, load, metadata, normalize
 from .pointing import pointing_accuracy, pointing_hits
-from .scenes import Scenes, make_scenes
+from .scenes import CloseUps, Scenes, close_ups, make_scenes
 
 __all__ = [
     "EMBEDDERS",
     "MEAN",
     "MODELS",
     "STD",
+    "CloseUps",
     "Scenes",
     "build",
+    "close_ups",
     "load",
     "make_scenes",
     "metadata",

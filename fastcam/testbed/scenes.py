@@ -27,7 +27,7 @@ from torch.nn import functional
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["GENERATOR_VERSION", "REGIONS", "SPLITS", "Scenes", "make_scenes"]
+__all__ = ["GENERATOR_VERSION", "REGIONS", "SPLITS", "CloseUps", "Scenes", "close_ups", "make_scenes"]
 
 GENERATOR_VERSION = 1
 """Raised whenever a change alters the pixels of any scene; stored with the trained weights."""
@@ -63,6 +63,34 @@ class Scenes:
 
     def __len__(self) -> int:
         return len(self.images)
+
+
+@dataclass(frozen=True)
+class CloseUps:
+    """Half-size views, one around each digit: images (2N,3,S/2,S/2), labels (2N,), masks (2N,S/2,S/2) of that digit."""
+
+    images: Tensor
+    labels: Tensor
+    masks: Tensor
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def close_ups(scenes: Scenes) -> CloseUps:
+    """Both digits of every scene, each in the middle of its view as far as the border allows."""
+    side = scenes.images.shape[-1] // 2
+    corners = ((scenes.boxes[..., :2] + scenes.boxes[..., 2:] - side) // 2).clamp(0, side)
+    places = [
+        (row, slot, slice(top, top + side), slice(left, left + side))
+        for row, pair in enumerate(corners.tolist())
+        for slot, (left, top) in enumerate(pair)
+    ]
+    return CloseUps(
+        torch.stack([scenes.images[row, :, rows, columns] for row, _, rows, columns in places]),
+        scenes.labels.flatten(),
+        torch.stack([scenes.masks[row, slot, rows, columns] for row, slot, rows, columns in places]),
+    )
 
 
 def make_scenes(

@@ -23,7 +23,7 @@ from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from .models import EMBEDDERS, MODELS, WEIGHTS, TinyEmbed, TinyVGG, build, load, normalize
-from .scenes import GENERATOR_VERSION, Scenes, make_scenes
+from .scenes import GENERATOR_VERSION, Scenes, close_ups, make_scenes
 
 __all__ = ["BRIEF", "BRIEF_MEAN_AP", "Accuracy", "Recipe", "Retrieval", "accuracy", "main", "predict", "retrieval"]
 __all__ += ["save", "train"]
@@ -128,15 +128,8 @@ def _whole(scenes: Scenes) -> tuple[Tensor, Tensor]:
 
 
 def _close_ups(scenes: Scenes) -> tuple[Tensor, Tensor]:
-    """Half-size views (2N,3,S/2,S/2), one around each digit as far as the border allows, labelled with that digit."""
-    side = scenes.images.shape[-1] // 2
-    corners = ((scenes.boxes[..., :2] + scenes.boxes[..., 2:] - side) // 2).clamp(0, side)
-    views = [
-        image[:, top : top + side, left : left + side]
-        for image, pair in zip(scenes.images, corners.tolist(), strict=True)
-        for left, top in pair
-    ]
-    return torch.stack(views), functional.one_hot(scenes.labels.flatten(), 10).float()
+    views = close_ups(scenes)
+    return views.images, functional.one_hot(views.labels, 10).float()
 
 
 def _add_norms(features: nn.Sequential) -> nn.Sequential:
