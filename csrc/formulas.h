@@ -267,13 +267,17 @@ FASTCAM_HD V rounded_product(V a, V b) {
 }
 
 // V is double or a vector of them, here and below.
+template <typename V>
+FASTCAM_HD V distance_of(V u, V v) {
+  const V difference = u - v;
+  return difference < 0 ? -difference : difference;
+}
+
 template <SimilarityPart PART, typename V>
 FASTCAM_HD V similarity_part(V u, V v) {
   if constexpr (PART == SimilarityPart::product) return rounded_product(u, v);
-  const V difference = u - v;
-  if constexpr (PART == SimilarityPart::square) return rounded_product(difference, difference);
-  const V distance = difference < 0 ? -difference : difference;
-  return 1 / (1 + distance);
+  if constexpr (PART == SimilarityPart::square) return rounded_product(u - v, u - v);
+  return 1 / (1 + distance_of(u, v));
 }
 
 // Of the parts of a row: their sum, what else the row's factor and flaws are found from, their range.
@@ -293,7 +297,7 @@ FASTCAM_HD void add_to(SimilaritySums<V>& sums, V u, V v) {
   const V part = similarity_part<PART>(u, v);
   sums.total += part;
   if constexpr (PART == SimilarityPart::product) sums.first += u * u, sums.second += v * v;
-  if constexpr (PART == SimilarityPart::inverse) sums.first += u < v ? v - u : u - v;
+  if constexpr (PART == SimilarityPart::inverse) sums.first += distance_of(u, v);
   sums.low = part < sums.low ? part : sums.low;
   sums.high = part > sums.high ? part : sums.high;
 }

@@ -13,7 +13,7 @@ from . import _launch
 
 __all__ = ["BLOCK", "launch"]
 
-BLOCK = 2048  # 16 elements a thread
+BLOCK = 1024  # 8 elements a thread, each with up to five sums in float64
 
 
 @triton.jit
@@ -80,6 +80,9 @@ def _weigh_similarity(
     elif WEIGHTING == "ratio":
         divisor = tl.where(whole == 0, 1.0, tl.abs(whole))
     out = contributions.dtype.element_ty
+    if out != tl.float64:  # for float results a product is as good as a quotient
+        gain /= divisor
+        divisor = tl.cast(1.0, tl.float64)
     tl.store(totals + row, whole.to(out))
     for start in range(0, channels, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -115,7 +118,7 @@ def launch(
         _weigh_similarity[(batch,)](
             u, v, contributions, weights, totals, channels, int(u.shape[0] > 1), int(v.shape[0] > 1),
             TERM=term, WEIGHTING=weighting, SIGN=-1.0 if dissimilarity else 1.0, BLOCK=block,
-            num_warps=4 if block > 256 else 1, enable_fp_fusion=False,
+            num_warps=max(1, block // 256), enable_fp_fusion=False,
         )  # fmt: skip
     return contributions, weights, totals
 

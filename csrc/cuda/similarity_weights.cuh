@@ -85,7 +85,10 @@ __global__ void __launch_bounds__(kSimilarityWarps * 32) weigh_similarity(const 
     if constexpr (ALIGNED) {
       store<V>(contributions + e, c), store<V>(weights + e, w);
     } else {
-      for (int j = 0; j < count; ++j) contributions[e + j] = c.v[j], weights[e + j] = w.v[j];
+#pragma unroll
+      for (int j = 0; j < V; ++j) {
+        if (j < count) contributions[e + j] = c.v[j], weights[e + j] = w.v[j];
+      }
     }
   }
 }

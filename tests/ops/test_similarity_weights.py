@@ -334,7 +334,7 @@ def test_results_are_fresh(backend):
 
 @pytest.mark.slow
 def test_more_elements_than_int32(backend):
-    """4 GiB of bfloat16, 16 GiB of results: the last row lies beyond 2^31."""
+    """16 GiB of results, whose last row lies beyond 2^31."""
     if backend == "reference":
         pytest.skip("would need several times the memory")
     u = torch.ones(1, dtype=torch.bfloat16).expand(2**21 + 2, 1024)
