@@ -196,9 +196,7 @@ def draw(path: Path, cell: int = 100) -> None:
             digit = int(scenes.labels[pair[side], slots[number, side]])
             caption = f"cosine {float(plain.score):.2f}"
             groups.append(render.Group(render.to_pixels(pixels[side]), caption, [(str(digit), cells)]))
-    note = (
-        "Pairs of scenes, one above the other, that share a digit. Ring: the map's peak, white on that digit."
-    )
+    note = "Pairs of scenes, one above the other, that share a digit. Ring: the map's peak, white on that digit."
     print(render.panel(groups, path, columns=columns, note=note, cell=cell))
 
 

@@ -47,7 +47,9 @@ class Plain(nn.Module):
 
 def small(seed: int = 0, dtype: torch.dtype = torch.float64, **options) -> LFICAM:
     torch.manual_seed(seed)
-    backbone = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, 2, 1), nn.ReLU())
+    backbone = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, 2, 1), nn.ReLU()
+    )
     return LFICAM(backbone, 4, **options).to(dtype)
 
 
@@ -90,7 +92,9 @@ def test_equals_plain_pytorch_with_all_gradients(options, dtype, tolerance):
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
     for name, gradient in theirs.items():
         scale = max(1.0, float(gradient.abs().max()))
-        torch.testing.assert_close(ours[name], gradient, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours[name], gradient, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_gradcheck():
