@@ -22,8 +22,8 @@ def lfi_mask_backward(grad: Tensor, features: Tensor, grey: Tensor) -> Tensor:
     A constant channel gets 0, a channel with a NaN NaN.
     Shapes: grad and features (B,K,h,w); grey (B,1,h,w). Returns (B,K,h,w). B may be 0.
     Dtype and layout: float64, float32, float16 or bfloat16, grad and features alike (grey may also be in the
-    accumulation dtype), any strides. The result has the dtype and the strides of empty_like(features). Arithmetic in float64 for
-    float64, else float32.
+    accumulation dtype), any strides. The result has the dtype and the strides of empty_like(features). Arithmetic in
+    float64 for float64, else float32.
     Not differentiable. Errors: TypeError for a wrong type, layout or dtype, ValueError for wrong shapes, K = 0 or
     h w = 0, RuntimeError for inputs that require grad.
     Cost: features and grad read once, and again from the cache; the result written once.
