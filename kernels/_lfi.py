@@ -65,7 +65,7 @@ def extremes_of_map(values, positions, ACC: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def shares(total, weighted, lowest, highest, extent):
-    """What each of the lowest and highest values gets, from sums over d and d * scaled and the number of those values."""
+    """What each of the lowest and highest values gets, from sums over d and d * scaled and the number of them."""
     return (weighted - total) / extent / lowest, weighted / extent / highest
 
 

@@ -212,7 +212,7 @@ def test_opcheck(layout, dtype):
     given = arguments((2, 5, 4, 6), dtype, 9, layout, wide=True)
     torch.library.opcheck(OP, tuple(given))
     torch.library.opcheck(OP, (given[0], None, None, *given[3:7], "zeros"))
-    torch.library.opcheck(OP, tuple(x if isinstance(x, str) else x[:0] for x in given))
+    torch.library.opcheck(OP, tuple(x if isinstance(x, str) else x[:0] for x in GIVEN.values()))
 
 
 def test_second_derivatives_are_refused():
