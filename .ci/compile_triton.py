@@ -168,10 +168,45 @@ def similarity_weights_calls():
             yield (x[:1], x, term, weighting), {}
 
 
+def lfi_tensors():
+    """Every tile, with importances and grey of either dtype."""
+    shapes = ((2, 64, 7, 7), (2, 64, 14, 14), (2, 64, 28, 28))
+    for dtype, shape, last, wide in itertools.product(DTYPES, shapes, (False, True), (False, True)):
+        b, k, h, w = shape
+        f = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
+        kind = acc(dtype) if wide else dtype
+        yield (
+            f,
+            torch.empty(b, 1, h, w, dtype=kind),
+            torch.empty(b, k, dtype=kind),
+            torch.empty(b, 1, h, w, dtype=acc(dtype)),
+        )
+
+
+def lfi_mask_calls():
+    for f, grey, _, _ in lfi_tensors():
+        yield (f, grey), {}
+
+
+def lfi_mask_backward_calls():
+    for f, grey, _, _ in lfi_tensors():
+        yield (f, f, grey), {}
+
+
+def lfi_attend_calls():
+    for (f, _, s, _), constant_map in itertools.product(lfi_tensors(), ("raw", "zeros")):
+        yield (f, s, constant_map), {}
+
+
+def lfi_attend_backward_calls():
+    for (f, _, s, m), constant_map, given in itertools.product(lfi_tensors(), ("raw", "zeros"), (False, True)):
+        yield (f, m if given else None, None if given else m, f, s, m, m, constant_map), {}
+
+
 LAUNCHED = (
     "_reduce", "_collect", "_write", "_finish", "_measure", "_multiply", "_rescale", "_divide", "_divide_among",
-    "_split", "_add_chunk", "_equilibrium", "_count", "_combine",
-    "_weigh_similarity",
+    "_split", "_add_chunk", "_equilibrium", "_count", "_combine", "_mask", "_mask_gradient", "_scale", "_raise",
+    "_map_gradient", "_share_out", "_weigh_similarity",
 )  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MODES = ("mean", "sum", "xgrad", "grad_cam_pp")
@@ -188,6 +223,10 @@ CALLS = {
     "relevance_equilibrium": relevance_equilibrium_calls,
     "relevance_combine": relevance_combine_calls,
     "similarity_weights": similarity_weights_calls,
+    "lfi_mask": lfi_mask_calls,
+    "lfi_mask_backward": lfi_mask_backward_calls,
+    "lfi_attend": lfi_attend_calls,
+    "lfi_attend_backward": lfi_attend_backward_calls,
 }
 
 

@@ -38,7 +38,7 @@ def _narrowed(low, high, odd, x, mask):
 
 @triton.jit
 def extremes(rows, known, positions, stride, ACC: tl.constexpr, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr):
-    """Of each channel (CHANNELS,1), whose first elements `rows` points at; low is NaN if an element is."""
+    """Of each channel, (CHANNELS,1), from its first element at `rows` on. low is NaN if an element is."""
     low = tl.full((CHANNELS, POSITIONS), float("inf"), ACC)
     high = tl.full((CHANNELS, POSITIONS), float("-inf"), ACC)
     odd = tl.zeros((CHANNELS, POSITIONS), dtype=tl.int32)
@@ -65,7 +65,7 @@ def extremes_of_map(values, positions, ACC: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def shares(total, weighted, lowest, highest, extent):
-    """What each of the lowest and highest values gets, from sums over d and d * scaled and the number of those values."""
+    """What each of the lowest and highest values gets, from sums over d and d * scaled and the number of them."""
     return (weighted - total) / extent / lowest, weighted / extent / highest
 
 

@@ -11,10 +11,10 @@ is gone on with.
   abn      attention branch network (Fukui et al. 2019) of equal size: a branch of four 3 x 3 convolutions with its own
            classification loss gives a sigmoid attention map, which multiplies the features as 1 + A
 
-Rows, on 2000 held-out close-ups: accuracy of each network (mean over the three seeds, and its standard error); stability
-of each kind of map, the intersection over union of {map > 100/255} between models, averaged over images and the ten
-pairs of the five settings (and by the released script's formula); pointing, the share of maps whose highest pixel lies
-on the digit (mean over the three seeds).
+Rows, on 2000 held-out close-ups: accuracy of each network (mean over the three seeds, and its standard error);
+stability of each kind of map, the intersection over union of {map > 100/255} between models, averaged over images and
+the ten pairs of the five settings (and by the released script's formula); pointing, the share of maps whose highest
+pixel lies on the digit (mean over the three seeds).
 
 Correctness first: LFICAM's outputs must equal the formulas in float64 within 1e-10. No times are measured.
 """
@@ -162,7 +162,7 @@ def measure(work: Path, epochs: int, count: int) -> tuple[list[dict[str, Any]], 
     maps: dict[str, list[Tensor]] = {}
     for kind in NETWORKS:
         scores = []
-        for place, setting in enumerate(SETTINGS):
+        for setting in SETTINGS:
             model, recipe = trained(kind, setting, epochs, count, work)
             scores.append(evaluate(model, held, recipe))
             first.setdefault(kind, model)

@@ -1,8 +1,8 @@
 """LFI-CAM's masks and attention, forward and backward as in training, against eager and compiled PyTorch.
 
 Baselines: `eager` is a module of plain torch ops with the same results and gradients; `compile` a warm torch.compile of
-it. `copy` moves what the four ops have to read and write, and the sum of the features' two gradients. `saved_mib` is the
-memory that autograd keeps for the backward pass: each storage once, as the saved-tensor hooks see it.
+it. `copy` moves what the four ops have to read and write, and the sum of the features' two gradients. `saved_mib` is
+the memory that autograd keeps for the backward pass: each storage once, as the saved-tensor hooks see it.
 """
 
 from __future__ import annotations

@@ -464,9 +464,9 @@ def lfi_arguments(
     if b > 2:
         features[1], importance[1] = features[1].abs(), -importance[1].abs()
     grad_attention, grad_raw = features_like((b, 1, h, w), acc, 5), features_like((b, 1, h, w), acc, 6)
-    features, grad = LAYOUTS[layout](features), LAYOUTS[layout](grad)
     raw = lfi_attend_oracle(features, importance)[2].to(acc)
     attention = _scaled(raw.double(), "raw").to(acc)
+    features, grad = (LAYOUTS[layout](x.to(device)) for x in (features, grad))
     tensors: dict[str, tuple[Tensor, ...]] = {
         "lfi_mask": (features, grey),
         "lfi_mask_backward": (grad, features, grey),

@@ -29,7 +29,7 @@ def lfi_mask(features: Tensor, grey: Tensor) -> Tensor:
     Dtype and layout: float64, float32, float16 or bfloat16 (grey may also be in the accumulation dtype), any strides
     (contiguous and channels_last without a copy). The result has the dtype and the strides of empty_like(features).
     Arithmetic in float64 for float64, else float32.
-    Differentiable once in both tensors; min and max share their gradient evenly among ties, constant channels have none.
+    Differentiable once in both tensors; min and max share their gradient evenly, constant channels have none.
     Errors: TypeError for a wrong type, layout or dtype, ValueError for wrong shapes, K = 0 or h w = 0.
     Cost: features read twice (the second time from the cache), masks written once; backward: features and the gradient
     read once, features again from the cache. Only the arguments are kept for it.

@@ -616,7 +616,7 @@ def test_lfi_constant_and_non_finite(kernels, constant_map):
     assert found[1].isnan().flatten(1).all(1).tolist() == [True, False, False, True]
     masks = lfi(kernels, "lfi_mask", features, features[:, :1].nan_to_num(posinf=1))
     assert masks.isnan().flatten(2).all(2).nonzero().tolist() == [[0, 1]]
-    grad, *maps, _, _, attention, raw = lfi_arguments("lfi_attend_backward", (4, 5, 4, 6), torch.float32)
+    grad, *maps, _, _, _, _ = lfi_arguments("lfi_attend_backward", (4, 5, 4, 6), torch.float32)
     arguments = [grad[1:3], None, None, features[1:3], importance[1:3], found[1][1:3], found[2][1:3], constant_map]
     LFI_CHECKS["lfi_attend_backward"](lfi(kernels, "lfi_attend_backward", *arguments), *arguments)
     odd = [grad, *maps, features, importance, found[1], found[2], constant_map]

@@ -9,6 +9,7 @@ import torch
 import fastcam
 from fastcam._testing.kernel_cases import (
     LAYOUTS,
+    LFI_CHECKS,
     RELEVANCE_CHECKS,
     RULES,
     TERMS,
@@ -19,8 +20,10 @@ from fastcam._testing.kernel_cases import (
     check_rescale_multipliers,
     check_similarity_weights,
     features_like,
+    lfi_arguments,
     relevance_arguments,
 )
+from fastcam.backends import implementation as implementation_of
 
 if not torch.cuda.is_available():
     pytest.skip("no CUDA device", allow_module_level=True)
@@ -293,6 +296,33 @@ def test_small_relevance_of_odd_values(implementation):
         check_relevance("relevance_combine", x, torch.cat([y, y, y]), budgets, shift, 0.5)
 
 
+def lfi(op, *arguments):
+    return implementation_of(op, "cuda")(*arguments)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("op", LFI_CHECKS)
+def test_small_lfi_layouts_and_dtypes(implementation, op, layout, dtype):
+    for wide in (False, True):
+        tensors = lfi_arguments(op, (3, 65, 7, 7), dtype, layout, wide, device="cuda")
+        LFI_CHECKS[op](lfi(op, *tensors), *tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", NATIVE)
+@pytest.mark.parametrize(
+    "shape", [(32, 64, 8, 8), (4, 512, 14, 14), (4, 2048, 7, 7), (2, 3, 65, 70), (3, 67, 1, 1)], ids=str
+)
+@pytest.mark.parametrize("op", LFI_CHECKS)
+def test_lfi(implementation, op, shape, layout, dtype):
+    tensors = lfi_arguments(op, shape, dtype, layout, device="cuda")
+    LFI_CHECKS[op](lfi(op, *tensors), *tensors)
+    alone = [x[1:2] for x in tensors]
+    pairs = zip(*(x if isinstance(x, tuple) else (x,) for x in (lfi(op, *tensors), lfi(op, *alone))), strict=True)
+    assert all(torch.equal(a[1:2], b) for a, b in pairs)
+
+
 @pytest.mark.parametrize("shape", [(8, 512, 28, 28), (3, 100001)], ids=str)
 def test_relevance_has_the_same_bits_fifty_times_and_in_any_batch(implementation, shape):
     r = values(shape, seed=1)
@@ -402,7 +432,17 @@ def every_op(features, weights):
     rescaled = fastcam.ops.rescale_multipliers(features, features - 0.5, features[:1] - 1, 0.01)
     coefficients = channel_weights(features, features, None, "grad_cam_pp")
     similarity = fastcam.ops.similarity_weights(weights[:1], weights)
-    return maps, raw, finite, coefficients, masked, rescaled, *similarity, *every_relevance_op(features)
+    return (
+        maps,
+        raw,
+        finite,
+        coefficients,
+        masked,
+        rescaled,
+        *similarity,
+        *every_relevance_op(features),
+        *every_lfi_op(features),
+    )
 
 
 def every_relevance_op(x):
@@ -412,6 +452,13 @@ def every_relevance_op(x):
     budgets = fastcam.ops.relevance_budgets(message)
     parts = fastcam.ops.relevance_equilibrium(message, budgets, torch.cat([x, x + 1, x + 2]))
     return message, one, other, both, budgets, parts, fastcam.ops.relevance_combine(x - 0.5, parts, budgets)
+
+
+def every_lfi_op(x):
+    grey, s = x[:, :1] + 1, x[:, :, 0, 0] - 0.5
+    attended, attention, raw = lfi("lfi_attend", x, s)
+    grads = lfi("lfi_attend_backward", x, attention, raw, x, s, attention, raw)
+    return lfi("lfi_mask", x, grey), lfi("lfi_mask_backward", x, x, grey), attended, attention, raw, *grads
 
 
 def test_graph_capture(implementation):

@@ -185,7 +185,7 @@ def test_attention_feels_neither_scale_nor_shift_of_the_map():
     model.backbone.features.data = f
     s = torch.rand(2, 6, dtype=torch.float64).softmax(1)
     p = torch.einsum("bk,bkhw->bhw", s, f).unsqueeze(1).requires_grad_()
-    attended, attention = fastcam.ops.lfi_attend(p, torch.ones(2, 1, dtype=torch.float64))
+    _, attention = fastcam.ops.lfi_attend(p, torch.ones(2, 1, dtype=torch.float64))
     (attention * torch.rand_like(attention)).sum().backward()
     torch.testing.assert_close((p.grad * p).sum((1, 2, 3)), torch.zeros(2, dtype=torch.float64), atol=1e-12, rtol=0)
     torch.testing.assert_close(p.grad.sum((1, 2, 3)), torch.zeros(2, dtype=torch.float64), atol=1e-12, rtol=0)
@@ -262,7 +262,8 @@ torch.manual_seed(0)
 model = LFICAM(nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU()), 4).double().eval()
 wrapped = nn.parallel.DistributedDataParallel(model)
 images = torch.randn(4, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-loss = nn.functional.cross_entropy(wrapped(images[2 * rank:2 * rank + 2]).logits, torch.tensor([0, 1, 2, 3])[2 * rank:2 * rank + 2])
+own = slice(2 * rank, 2 * rank + 2)
+loss = nn.functional.cross_entropy(wrapped(images[own]).logits, torch.arange(4)[own])
 loss.backward()
 torch.save([p.grad for p in model.parameters()], sys.argv[3])
 """
