@@ -1,4 +1,5 @@
-"""Writes the README's tables from the registry and the committed result files; `--check` fails when they are stale.
+"""Writes the tables of README and docs from the registry and the committed result files; `--check` fails when they are
+stale.
 
 python -P benchmarks/readme.py [--check]
 """
@@ -14,7 +15,6 @@ from typing import Any
 import fastcam
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results" / fastcam.__version__
 
 #: Row of the cam_family suite -> what the README calls it and what it is held against.
@@ -140,6 +140,10 @@ def cost(method: str) -> str:
         found += [f"{row['times_forward']:.2f} {label}"] if row else []
         row = walked.get(f"{net} {'lrp epsilon_plus_flat' if method == 'lrp' else method}")
         found += [f"{row['times_forward']:.2f} {label}"] if row else []
+    if method == "sfam" and measured("pairs"):
+        found.append(f"{load('pairs')[1]['pair, no head']['multiple']:.2f} x two passes, ResNet-50")
+    if method == "lfi_cam" and measured("lfi_cam_cost"):
+        found.append(f"{load('lfi_cam_cost')[1]['ResNet-18, batch 8, explainer']['multiple']:.2f} LFI-CAM ResNet-18")
     if method == "deconvnet":
         found.append("as `guided_backprop`")
     if method in family:
@@ -380,30 +384,158 @@ def equilibrium() -> str:
     return "\n".join(lines)
 
 
-def filled(text: str) -> str:
-    sections = {
+def sfam() -> str:
+    if not measured("sfam"):
+        return "Not measured yet (`python -P benchmarks/faithfulness/bench_sfam.py`)."
+    meta, rows, path = load("sfam")
+    model = meta["model"]
+    lines = [
+        f"{rows['sfam, cosine']['n']} pairs of held-out scenes that share exactly one digit, embedded by the testbed's `tiny_embed`, which finds "
+        f"a scene with a common digit at rank 1 in {100 * model['recall1']:.0f} % of cases (chance {100 * model['chance']:.0f} %; mean average precision "
+        f"{model['mean_ap']:.3f}). *hit*: share of maps that peak on the shared digit, over both images, ± standard error; *energy*: share "
+        "of the map's mass there; *other*: share that peak on the digit that is not shared; *deletion*: mean cosine while embedding "
+        f"channels are removed in the order of a row's weights, lower is better. [{Path(path).name}](../{path}), from `{meta['command']}`.",
+        "",
+        "| map | hit | energy | other | deletion |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in rows.items():
+        curve = f"{row['deletion']:.3f} ± {row['deletion_error']:.3f}" if row.get("deletion") is not None else ""
+        hit = f"{row['hit']:.3f} ± {row['standard_error']:.3f}"
+        lines.append(f"| {name} | {hit} | {row['energy']:.3f} | {row['other']:.3f} | {curve} |")
+    best = max((row["hit"], name) for name, row in rows.items() if not name.startswith("sfam"))[1]
+    first = min((row["deletion"], name) for name, row in rows.items() if row.get("deletion") is not None)[1]
+    lines += ["", f"The best place to point is given by {best}; channels go fastest in the order of {first}."]
+    return "\n".join([*lines, *pair_costs()])
+
+
+def pair_costs() -> list[str]:
+    if not measured("pairs"):
+        return ["", "Costs: not measured yet (`python -P benchmarks/methods/bench_pairs.py`)."]
+    meta, rows, path = load("pairs")
+    lines = [
+        "",
+        f"ResNet-50, random weights, float32, {machine(meta)}; a pair of batches of 8 at 224 x 224 in multiples of the two plain forward "
+        f"passes, and one query against 1000 stored feature maps (2048 x 7 x 7) beside the same in eager PyTorch pair by pair. "
+        f"[{Path(path).name}](../{path}), from `{meta['command']}`.",
+        "",
+        "| what | measured | goal |",
+        "| --- | ---: | ---: |",
+    ]
+    for name, row in rows.items():
+        if "multiple" in row:
+            lines.append(f"| {name} | {row['multiple']:.3f} x | {'1.03 x' if name == 'pair, no head' else ''} |")
+        elif row.get("speedup"):
+            stored, whole = row["speedup"]["eager loop"], row["speedup"]["eager loop with features"]
+            lines.append(f"| {name} | {stored:.1f} x faster; {whole:.0f} x if the loop computes its features | 10 x faster |")
+    return lines
+
+
+def lfi_cam() -> str:
+    if not measured("lfi_cam"):
+        return "Not measured yet (`python -P benchmarks/faithfulness/bench_lfi_cam.py --work runs`)."
+    meta, rows, path = load("lfi_cam")
+    kinds = {
+        "plain": ("ResNet-8, Grad-CAM", "grad_cam"), "lfi_cam": ("LFI-CAM", "lfi_cam"),
+        "abn": ("attention branch network", "abn"), "": ("Grad-CAM of the LFI-CAM network", "grad_cam of lfi_cam"),
+    }  # fmt: skip
+    lines = [
+        "Close-ups of the testbed's digits, 32 x 32 pixels, ten classes, ResNet-8, from scratch. Accuracy and pointing (share of maps that "
+        "peak on the digit): mean of three seeds ± standard error, 2000 held-out images. Stability: intersection over union of the "
+        "maps above 100/255 between five models (three seeds, half the rate, five times the weight decay), and by the released "
+        f"script's formula. [{Path(path).name}](../{path}), from `{meta['command']}`.",
+        "",
+        "| network, map | parameters | accuracy | stability | released formula | pointing |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+
+    def cell(name: str) -> str:
+        row = rows.get(name)
+        return "" if row is None else f"{row['mean']:.3f} ± {row['standard_error']:.3f}"
+
+    for kind, (title, map_name) in kinds.items():
+        size = rows[f"accuracy, {kind}"]["parameters"] if kind else None
+        stable = f"stability, {map_name}"
+        cells = [f"{size:,}" if size else "", cell(f"accuracy, {kind}"), cell(stable), f"{rows[stable]['released']:.3f}"]
+        lines.append(f"| {title} | " + " | ".join(cells) + f" | {cell(f'pointing, {map_name}')} |")
+    lines.append(f"| a random place | | | | | {rows['pointing, random']['mean']:.3f} |")
+    gap = rows["stability, lfi_cam"]["mean"] - rows["stability, abn"]["mean"]
+    lost = rows["accuracy, plain"]["mean"] - rows["accuracy, lfi_cam"]["mean"]
+    lines += [
+        "",
+        f"LFI-CAM's maps overlap {abs(gap):.2f} {'more' if gap > 0 else 'less'} between models than those of the attention branch network (the paper's "
+        f"order{'' if gap > 0 else ' does not hold here'}); its accuracy is {100 * abs(lost):.1f} points {'below' if lost > 0 else 'above'} the plain network's.",
+    ]
+    return "\n".join([*lines, *attention_costs()])
+
+
+def attention_costs() -> list[str]:
+    lines = []
+    if measured("lfi"):
+        meta, rows, path = load("lfi")
+        lines += [
+            "",
+            f"Attention part alone (masks, attention, attended features; forward and backward, importance convolutions excluded), batch 32, "
+            f"float32, {machine(meta)}; goals: twice as fast as a plain PyTorch module, half the memory saved for the backward pass. "
+            f"[{Path(path).name}](../{path}), from `{meta.get('command', 'python -P benchmarks/ops/bench_lfi.py')}`.",
+            "",
+            "| features | x faster than eager | than `torch.compile` | saved, MiB | plain module, MiB |",
+            "| --- | ---: | ---: | ---: | ---: |",
+        ]
+        for name, row in rows.items():
+            if "float32" in name and row.get("speedup"):
+                saved = row["saved_mib"]
+                lines.append(
+                    f"| {name} | {row['speedup']['eager']:.1f} | {row['speedup']['compile']:.1f} | {saved['ours']:.1f} | {saved['eager']:.1f} |"
+                )
+    if measured("lfi_cam_cost"):
+        meta, rows, path = load("lfi_cam_cost")
+        lines += [
+            "",
+            f"Inference, in multiples of backbone, importance convolutions and classifier without the attention (goal 1.02), {machine(meta)}. "
+            f"[{Path(path).name}](../{path}), from `{meta['command']}`.",
+            "",
+            "| network | `LFICAM` | plain PyTorch formulas | `Explainer(model, \"lfi_cam\")`, maps at image size |",
+            "| --- | ---: | ---: | ---: |",
+        ]
+        for name in dict.fromkeys(key.rsplit(", ", 1)[0] for key in rows):
+            cells = [f"{rows[f'{name}, {key}']['multiple']:.3f}" for key in ("ours", "plain", "explainer")]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+#: Document -> its sections.
+DOCUMENTS = {
+    "README.md": {
         "methods": methods,
         "numbers": numbers,
         "faithfulness": faithfulness,
         "references": references,
         "equilibrium": equilibrium,
-    }
-    for section, table in ((name, make()) for name, make in sections.items()):
+    },
+    "docs/similarity.md": {"sfam": sfam},
+    "docs/lfi-cam.md": {"lfi_cam": lfi_cam},
+}
+
+
+def filled(document: str, text: str) -> str:
+    for section, table in ((name, make()) for name, make in DOCUMENTS[document].items()):
         pattern = rf"(<!-- {section}: start -->\n).*?(<!-- {section}: end -->)"
         text, count = re.subn(pattern, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, flags=re.DOTALL)
         if count != 1:
-            raise SystemExit(f"README.md must hold the markers of section {section!r} once")
+            raise SystemExit(f"{document} must hold the markers of section {section!r} once")
     return text
 
 
 def main() -> None:
-    text = README.read_text()
-    wanted = filled(text)
-    if "--check" in sys.argv[1:]:
-        if text != wanted:
-            raise SystemExit("README.md is stale: run python -P benchmarks/readme.py")
-        return
-    README.write_text(wanted)
+    for document in DOCUMENTS:
+        path = ROOT / document
+        text = path.read_text()
+        wanted = filled(document, text)
+        if "--check" not in sys.argv[1:]:
+            path.write_text(wanted)
+        elif text != wanted:
+            raise SystemExit(f"{document} is stale: run python -P benchmarks/readme.py")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,234 @@
+"""Training: learns, survives being killed, refuses what does not fit; images from folders and from the testbed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from fastcam import cli
+from fastcam.nn import LFICAM
+from fastcam.nn.data import Stored, augmented, image_folder
+from fastcam.nn.train import Recipe, evaluate, lfi_cam_of, train
+
+PIL = pytest.importorskip("PIL.Image")
+
+
+def stripes(count: int = 96, seed: int = 0) -> Stored:
+    """Three classes: the channel that is bright."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 3
+    images = 0.3 * torch.rand((count, 3, 16, 16), generator=generator)
+    images[torch.arange(count), labels] += 0.6
+    return Stored(images, labels)
+
+
+def small() -> LFICAM:
+    torch.manual_seed(0)
+    return LFICAM(nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU()), 3, channels=8)
+
+
+RECIPE = Recipe(epochs=4, batch=16, rate=0.1, drops=(3,), size=16, augment="crop", validation=0.25)
+
+
+def test_learns_and_ends_with_the_best_epoch():
+    model, images = small(), stripes()
+    report = train(model, images, RECIPE)
+    assert len(report.losses) == 4
+    assert report.losses[-1] < 0.5 * report.losses[0]
+    assert report.validation[report.best] == max(report.validation)
+    assert not model.training
+    assert evaluate(model, stripes(30, 1), RECIPE) >= 0.9
+
+
+def test_everything_follows_from_the_seed(tmp_path):
+    states = []
+    for workers in (1, 3):
+        model = small()
+        train(model, stripes(), RECIPE, workers=workers)
+        states.append(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in states), strict=True))
+
+
+class Stop(Exception):
+    pass
+
+
+def test_stopped_after_any_epoch_it_ends_with_the_same_weights(tmp_path):
+    whole = small()
+    expected = train(whole, stripes(), RECIPE)
+    for stop in (1, 2, 3):
+
+        def note(line: str, stop: int = stop) -> None:
+            if line.startswith(f"epoch {stop + 1} "):
+                raise Stop
+
+        folder = tmp_path / str(stop)
+        with pytest.raises(Stop):
+            train(small(), stripes(), RECIPE, folder, note=note)
+        model = small()
+        with torch.no_grad():
+            model.fc.weight.zero_()  # where it starts does not matter once there is a checkpoint
+        found = train(model, stripes(), RECIPE, folder, resume=True)
+        assert found.losses == expected.losses
+        assert all(
+            torch.equal(a, b) for a, b in zip(whole.state_dict().values(), model.state_dict().values(), strict=True)
+        )
+
+
+COMMAND = [
+    *(sys.executable, "-P", "-m", "fastcam.nn.train", "--data", "testbed", "--images", "160", "--network", "resnet8"),
+    *("--epochs", "3", "--batch", "32", "--drops", "2", "--threads", "1", "--workers", "1", "--resume"),
+]
+
+
+def run(out, **more):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "FASTCAM_STRICT": "0"}
+    return subprocess.Popen([*COMMAND, "--out", str(out)], env=environment, stdout=subprocess.PIPE, text=True, **more)
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("skimage")
+    whole = run(tmp_path / "whole")
+    begin = time.perf_counter()
+    text, _ = whole.communicate(timeout=240)
+    length = time.perf_counter() - begin
+    assert whole.returncode == 0, text
+    assert "test accuracy" in text
+    rng = random.Random(0)
+    for _ in range(4):
+        process = run(tmp_path / "killed")
+        try:
+            process.wait(timeout=rng.uniform(0.3, 1) * length)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    last = run(tmp_path / "killed")
+    text, _ = last.communicate(timeout=240)
+    assert last.returncode == 0, text
+    one, other = (torch.load(tmp_path / name / "best.pt", weights_only=True) for name in ("whole", "killed"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_a_checkpoint_is_never_torn(tmp_path, monkeypatch):
+    """The new file takes the old one's place only when it is complete."""
+    folder = tmp_path / "run"
+    train(small(), stripes(), RECIPE, folder)
+    before = (folder / "last.pt").read_bytes()
+
+    def full(document, file):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    longer = Recipe(**RECIPE.__dict__)
+    model = small()
+    (folder / "last.pt").rename(folder / "kept.pt")
+    with pytest.raises(OSError, match="No space left"):
+        train(model, stripes(), longer, folder)
+    (folder / "kept.pt").rename(folder / "last.pt")
+    assert (folder / "last.pt").read_bytes() == before
+    monkeypatch.undo()
+    assert train(small(), stripes(), RECIPE, folder, resume=True).losses
+
+
+def test_another_recipe_or_a_forgotten_resume_is_refused(tmp_path):
+    train(small(), stripes(), RECIPE, tmp_path)
+    with pytest.raises(FileExistsError, match="--resume"):
+        train(small(), stripes(), RECIPE, tmp_path)
+    with pytest.raises(ValueError, match=r"another recipe: rate was 0.1, is 0.2"):
+        train(small(), stripes(), Recipe(**{**RECIPE.__dict__, "rate": 0.2}), tmp_path, resume=True)
+
+
+def test_bad_data(tmp_path):
+    with pytest.raises(ValueError, match="make no batch of 16"):
+        train(small(), stripes(18), RECIPE)
+    with pytest.raises(ValueError, match="smaller than the views' side 32"):
+        train(small(), stripes(), Recipe(epochs=1, batch=16, size=32, augment="none"))
+    broken = stripes()
+    broken.images[:] = float("nan")
+    with pytest.raises(FloatingPointError, match="not finite in epoch 1"):
+        train(small(), broken, RECIPE)
+
+
+# ---- images ----
+
+
+def folder_of(root, sizes=((20, 18), (40, 17))):
+    for label, name in enumerate(("beech", "ash")):
+        for number, size in enumerate(sizes):
+            path = root / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            PIL.new("RGB", size, (250 * label, 0, 100)).save(path)
+    return root
+
+
+def test_image_folder(tmp_path):
+    images, names = image_folder(folder_of(tmp_path), resize=16)
+    assert names == ["ash", "beech"]
+    assert images.labels.tolist() == [0, 0, 1, 1]
+    assert images.image(0).shape == (3, 16, 18)
+    assert images.image(1).shape == (3, 16, 38)
+    torch.testing.assert_close(images.image(3)[:, 0, 0], torch.tensor([0, 0, 100 / 255]))
+    (tmp_path / "beech" / "0.png").write_bytes(b"not an image")
+    with pytest.raises(ValueError, match=r"cannot read the image .*beech/0.png"):
+        images.image(2)
+    (tmp_path / "oak").mkdir()
+    with pytest.raises(ValueError, match="oak holds no images"):
+        image_folder(tmp_path)
+    with pytest.raises(ValueError, match="holds no folders"):
+        image_folder(tmp_path / "oak")
+
+
+def test_views():
+    image = torch.arange(3 * 20 * 24, dtype=torch.float32).reshape(3, 20, 24)
+    assert torch.equal(augmented(image, 16, "none", (0,)), image[:, 2:18, 4:20])
+    seen = {tuple(augmented(image, 16, "crop+flip", (0, 0, i))[0, 8].tolist()) for i in range(40)}
+    assert len(seen) > 20
+    assert any(row[3] > row[4] > 0 for row in seen)  # mirrored
+    for i in range(20):
+        row = augmented(image, 16, "crop", (0, i))[0, 8]
+        inside = row[row > 0]
+        assert torch.equal(inside, inside.sort().values)  # never mirrored
+    for i in range(20):
+        view = augmented(image, 16, "resized", (1, i))
+        assert view.shape == (3, 16, 16)
+        assert view.amax() <= image.amax() + 1e-3
+    assert torch.equal(augmented(image, 16, "resized", (1, 5)), augmented(image, 16, "resized", (1, 5)))
+
+
+# ---- the command ----
+
+
+def test_command_on_a_folder(tmp_path, capsys):
+    data = folder_of(tmp_path / "data", sizes=[(16, 16)] * 12)
+    words = ["train-lficam", "--data", str(data), "--test", str(data), "--network", "resnet8", "--size", "16"]
+    words += ["--epochs", "1", "--batch", "8", "--drops", "", "--out", str(tmp_path / "run"), "--validation", "0.2"]
+    assert cli.main(words) == 0
+    text = capsys.readouterr().out
+    assert "epoch 1 of 1: loss" in text
+    assert "on 24 images" in text
+    assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    assert cli.main(words) == 2
+    assert "--resume" in capsys.readouterr().out
+    assert cli.main([*words[:2], str(tmp_path / "nothing"), *words[3:]]) == 2
+    assert cli.main([*words[:-3], str(tmp_path / "other"), "--network", "vgg"]) == 2
+    assert "unknown network 'vgg'" in capsys.readouterr().out
+
+
+def test_networks_by_name():
+    model = lfi_cam_of("densenet10", 7, 32)
+    assert model(torch.zeros(2, 3, 32, 32)).logits.shape == (2, 7)
+    assert lfi_cam_of("resnet8", 7, 32, branch=False).attention is False
+    with pytest.raises(ValueError, match="unknown library 'keras'"):
+        lfi_cam_of("keras:resnet18", 7, 224)
+    with pytest.raises(ValueError, match="depth must be 6 n"):
+        lfi_cam_of("resnet21", 7, 32)
