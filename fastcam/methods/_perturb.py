@@ -14,7 +14,7 @@ from fastcam.program.targets import Targets, class_scores, scores_of
 
 from ._method import Passage
 
-__all__ = ["Distinct", "check_count", "distinct", "edited_scores", "perturbed_scores"]
+__all__ = ["Distinct", "check_count", "check_seed", "distinct", "edited_scores", "perturbed_scores"]
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,12 @@ def _all(chunks: Sequence[Tensor], only: Distinct | None) -> Tensor:
     """The rows of all B n perturbations."""
     rows = torch.cat(list(chunks))
     return rows if only is None else rows[only.place]
+
+
+def check_seed(value: object) -> None:
+    """TypeError unless `value` is an integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"seed must be an integer; got {value!r}")
 
 
 def check_count(name: str, value: object) -> None:

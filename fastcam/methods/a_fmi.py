@@ -14,7 +14,7 @@ from fastcam.program.forward import Reference
 
 from ._maps import planar
 from ._method import CamOptions, Evidence, Method, Passage
-from ._perturb import edited_scores
+from ._perturb import check_count, check_seed, edited_scores
 from ._references import ReferenceSpec, check_reference, references
 
 __all__ = ["METHOD", "AFmiOptions", "a_fmi"]
@@ -49,8 +49,8 @@ class AFmiOptions(CamOptions):
         check_reference(self.reference)
         if not 0 <= self.ratio_eps < 1:
             raise ValueError(f"ratio_eps must be in [0, 1); got {self.ratio_eps!r}")
-        if self.chunk < 1:
-            raise ValueError(f"chunk must be at least 1; got {self.chunk!r}")
+        check_count("chunk", self.chunk)
+        check_seed(self.seed)
 
 
 def a_fmi(passage: Passage, options: AFmiOptions) -> Evidence:

@@ -44,7 +44,7 @@ class EquilibriumOptions(RelevanceOptions):
             raise ValueError(
                 "attribution_equilibrium starts at the layer as it is; reshape_transform has no place in it"
             )
-        if not isinstance(self.ratio, (int, float)) or not 1 <= self.ratio <= 2:
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 1 <= self.ratio <= 2:
             raise ValueError(f"ratio must lie in [1, 2]; got {self.ratio!r}")
         for name, known in (
             ("residual", ("branch", "proportional")),
@@ -62,7 +62,7 @@ class EquilibriumOptions(RelevanceOptions):
 def attribution_equilibrium(passage: Passage, options: EquilibriumOptions) -> Evidence:
     """Two budgets of relevance, positive and negative, kept in balance from the last feature map down to the pixels.
 
-    Seed, at the features A of the start layer, for the score y:
+    Seed, at the features A of the start layer, for the logit y (what a softmax at the end of the network reads):
         R = A mean_hw(dy/dA), divided by |sum R|
     k x k convolution, x its input, V = |W|, budgets p = sum max(R, 0), q = sum max(-R, 0), x / 0 = 0 throughout:
         P = max(R, 0) / p,  N = min(R, 0) / q,  S(u, Q) = u t(Q / c(u, V), V)

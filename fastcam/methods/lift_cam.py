@@ -18,7 +18,7 @@ def lift_cam(passage: Passage, options: CamOptions) -> Evidence:
     with m the Rescale multipliers of the score y between features 0 and A. The coefficients are signed, plain sums that
     add up to the score, sum_k alpha_k = y(A) - y(0), and estimate the SHAP values of the game "which maps are present";
     on heads that are linear in the features they are the SHAP values. `Attribution.delta` is what the sum lacks by
-    rounding. The score explained is the logit, never a probability.
+    rounding. The score explained is the model's output: let it be a logit, not a probability.
 
     Shapes: A and m (B, K, *spatial), alpha (B, K), M (B, *spatial); T targets add an axis after B.
     Errors: UnsupportedOpError naming the step of the head that has no Rescale rule, and how to give it one.

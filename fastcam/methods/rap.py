@@ -62,6 +62,8 @@ class RapRules:
     def way(self, walk: RelevanceWalk, node: Node, active: frozenset[int]) -> Way:
         if node.kind == "linear" and node.index in walk.ends:
             return weighted_way(walk, node, active, OutputRule())
+        if not any(walk.program.nodes[index].kind == "linear" for index in walk.ends):
+            raise ValueError("rap starts at a linear output layer, and this network ends otherwise; use method='lrp'")
         plain = _REST.way(walk, node, active)
         if node.kind in ("conv", "linear") and node.index not in walk.first and not self.joint:
             source = node.args[0].index
@@ -85,8 +87,9 @@ def rap(passage: Passage, options: RapOptions) -> Evidence:
     batch norms folded, biases left out below the output. The map's total is the logit y_c, up to relevance lost where
     all entries are 0 and in guarded proportions; `Attribution.delta` is the rest.
 
-    Shapes: (B, *spatial); T targets add an axis after B. Errors: as `lrp`; UnsupportedOpError for a layer whose inputs
-    may be negative (below the image), unless mirror="joint" takes both signs under one divisor.
+    Shapes: (B, *spatial); T targets add an axis after B. Errors: as `lrp`; ValueError where the output is not that of a
+    linear layer; UnsupportedOpError for a layer whose inputs may be negative (below the image), unless mirror="joint"
+    takes both signs under one divisor.
     Cost: the forward pass, and for each layer one modified forward and two transposed convolutions for each target.
     Source: Nam et al., Relative Attributing Propagation, AAAI 2020, arXiv 1904.00605 (re-implemented from the
     equations; residual paths are added up, where the public code multiplies them).

@@ -15,7 +15,7 @@ from fastcam._dtypes import accumulation_dtype
 
 from ._maps import planar
 from ._method import CamOptions, Evidence, Method, Passage
-from ._perturb import perturbed_scores
+from ._perturb import check_count, check_seed, perturbed_scores
 
 __all__ = ["METHOD", "ShapCamOptions", "shap_cam"]
 
@@ -62,10 +62,9 @@ class ShapCamOptions(CamOptions):
             raise ValueError(f"exact must be None, True or False; got {self.exact!r}")
         if not 0 <= self.max_exact_maps <= _MOST_EXACT:
             raise ValueError(f"max_exact_maps must be 0 to {_MOST_EXACT}; got {self.max_exact_maps!r}")
-        if self.n_orders < 1:
-            raise ValueError(f"n_orders must be at least 1; got {self.n_orders!r}")
-        if self.chunk < 1:
-            raise ValueError(f"chunk must be at least 1; got {self.chunk!r}")
+        check_count("n_orders", self.n_orders)
+        check_count("chunk", self.chunk)
+        check_seed(self.seed)
         if self.progress is not None and not callable(self.progress):
             raise TypeError(f"progress must be a callable (done, total); got {type(self.progress).__name__}")
         if self.antithetic and self.n_orders % 2:
@@ -85,7 +84,7 @@ def shap_cam(passage: Passage, options: ShapCamOptions) -> Evidence:
                  over the maps is exact for any number of orders
 
     A map equal to its reference has exactly 0 and is never varied. Sums run in float64. The score explained is the
-    logit, never a probability, unless a callable target says so.
+    model's output (let it be logits) unless a callable target says otherwise.
 
     `Attribution.weights` is phi, `delta` is sum_k phi_k - (y(A) - y(R)); `extra["standard_error"]` is that of the mean
     over units, shaped as phi: 0 where phi is exact, NaN where there is one unit; `extra["estimator"]` says which of the

@@ -68,7 +68,7 @@ class Cut:
         self._before, self._survive = before, frozenset(survive)
         self.trunk = Schedule(program, before, survive, in_place=True, packed=packed)
         self.head = Schedule(program, head, outputs | {feature}, in_place=True, packed=packed)
-        self.head_graph = Schedule(program, head, outputs | {feature}, in_place=False)
+        self.head_graph = Schedule(program, head, outputs | {feature} | frozenset(self.starts), in_place=False)
         self.affine: AffineHead | None = analyse(program, feature, self._head_nodes) if head else None
         # Of what enters the head beside the features, weights rearranged by the trunk can be computed again without an
         # image, and the rest is the batch size: `analyse` lets nothing else enter an affine head.

@@ -168,8 +168,11 @@ class CapturedSession(Session):
                 values[self.cut.feature] = leaf
                 self.cut.head_graph.run(values, self.bound.compiled)
                 output = self.cut.program.result(values)
+            # Relevance of a class is that of its logit, also where the network ends in a softmax.
+            seeded = walked is not None and by_index and isinstance(output, Tensor)
+            scored = values[self.cut.starts[0]] if seeded else output
         return CapturedForward(
-            self, features, detached(output), entering, graph=Graph(leaf, output, self.layer), walked=walked
+            self, features, detached(output), entering, graph=Graph(leaf, scored, self.layer), walked=walked
         )
 
     def pull_back(self, features: Tensor, slopes: Tensor, rows: Tensor) -> Tensor:

@@ -285,3 +285,30 @@ def test_certainty_is_stated():
         warnings.simplefilter("error")
         result = fastcam.attribute(chain(), IMAGES, "attribution_equilibrium", targets=0)
     assert "image by image" in result.options["certainty"]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_softmax_at_the_end_is_left_out(several):
+    """Relevance of a class is that of its logit; the scores reported are the probabilities."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    net = nn.Sequential(*net, nn.Flatten(), nn.Linear(5, 4)).double().eval()
+    images = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    targets = torch.tensor([[0, 2], [3, 1]]) if several else 1
+    plain = fastcam.attribute(net, images, "attribution_equilibrium", targets=targets, normalize=False)
+    with_softmax = nn.Sequential(net, nn.Softmax(1)).eval()
+    found = fastcam.attribute(with_softmax, images, "attribution_equilibrium", targets=targets, normalize=False)
+    torch.testing.assert_close(found.maps, plain.maps)
+    torch.testing.assert_close(found.scores, plain.scores.softmax(1))
+
+
+def test_norms_by_the_batchs_statistics_are_refused():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), nn.Conv2d(4, 5, 3))
+    net = nn.Sequential(*net, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    with pytest.raises(fastcam.UnsupportedOpError, match="batch's own statistics"):
+        fastcam.attribute(net, torch.randn(2, 3, 12, 12), "attribution_equilibrium")
+
+
+def test_ratio_is_a_number():
+    with pytest.raises(ValueError, match="ratio must lie in"):
+        fastcam.Explainer(nn.Conv2d(3, 4, 3), "attribution_equilibrium", ratio=True)

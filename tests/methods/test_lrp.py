@@ -477,3 +477,32 @@ def test_reshape_transform_moves_relevance_too():
     torch.testing.assert_close(found.weights, found.extra["relevance"].mean((2, 3)))
     with pytest.raises(ValueError, match="reshape_transform"):
         fastcam.Explainer(model, "attribution_equilibrium", reshape_transform=lambda t: t)
+
+
+@pytest.mark.parametrize("activation", [nn.SiLU, nn.Sigmoid, nn.GELU, nn.Tanh, nn.LeakyReLU, nn.ReLU6])
+@pytest.mark.parametrize("method", ["guided_backprop", "deconvnet"])
+def test_other_activations_than_relu_have_their_gradient(method, activation):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), activation(), nn.Conv2d(4, 5, 3), activation())
+    net = nn.Sequential(*net, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)).double().eval()
+    images = torch.randn(2, 3, 12, 12, dtype=torch.float64).requires_grad_()
+    (gradient,) = torch.autograd.grad(net(images)[:, 1].sum(), images)
+    found = fastcam.attribute(net, images.detach(), method, targets=1, normalize=False)
+    torch.testing.assert_close(found.maps, gradient.sum(1))
+
+
+def test_rap_wants_a_linear_output():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 3, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    with pytest.raises(ValueError, match="linear output layer"):
+        fastcam.attribute(net, torch.rand(1, 3, 8, 8), "rap")
+
+
+def test_an_image_of_one_channel():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    net = nn.Sequential(*net, nn.Flatten(), nn.Linear(5, 3, bias=False)).double().eval()
+    images = torch.rand(2, 1, 12, 12, dtype=torch.float64)
+    for method in ("lrp", "rap", "clrp", "relevance_cam", "attribution_equilibrium", "guided_backprop"):
+        result = fastcam.attribute(net, images, method, targets=1)
+        assert result.maps.shape == (2, 12, 12)
+        assert result.maps.abs().amax((1, 2)).tolist() == [pytest.approx(1), pytest.approx(1)]

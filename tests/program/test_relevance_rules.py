@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import fastcam
 from fastcam.program.relevance import AlphaBeta, Epsilon, Flat, Gamma, Gradient, WSquare, ZBox, ZPlus
 from fastcam.program.relevance.layer import Geometry, Layer, ModifiedWeights
 from fastcam.program.relevance.messages import Relevance
@@ -215,3 +216,64 @@ def test_float32_on_the_networks_layer_shapes():
 def test_numbers_out_of_range_are_named(build, error):
     with pytest.raises(ValueError, match=error):
         build()
+
+
+# ---- how rules are written and found ----
+
+
+def test_a_rules_own_number_comes_first():
+    from fastcam.relevance import AlphaBeta, Epsilon, Gamma, ZBox
+
+    assert Gamma(0.1) == Gamma(gamma=0.1)
+    assert Epsilon(1e-3) == Epsilon(epsilon=1e-3)
+    assert AlphaBeta(3, 2) == AlphaBeta(alpha=3, beta=2)
+    assert ZBox(-2, 2) == ZBox(low=-2, high=2)
+    with pytest.raises(TypeError, match="bias must be True or False"):
+        Gamma(bias=0.1)
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_same_padding_is_symmetric_padding(kernel, dilation):
+    torch.manual_seed(0)
+    same = nn.Sequential(nn.Conv2d(3, 4, kernel, padding="same", dilation=dilation), nn.ReLU(), nn.Conv2d(4, 5, 3))
+    same = nn.Sequential(*same, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)).double().eval()
+    images = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    maps = [fastcam.attribute(same, images, method, normalize=False).maps for method in METHODS_OF_LAYERS]
+    same[0].padding = (dilation * (kernel - 1) // 2,) * 2
+    for found, method in zip(maps, METHODS_OF_LAYERS, strict=True):
+        torch.testing.assert_close(found, fastcam.attribute(same, images, method, normalize=False).maps)
+
+
+METHODS_OF_LAYERS = ("lrp", "rap", "attribution_equilibrium")
+
+
+def test_padding_that_is_not_symmetric_is_refused():
+    net = nn.Sequential(nn.Conv2d(3, 4, 2, padding="same"), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    with pytest.raises(fastcam.UnsupportedOpError, match="pads one side more"):
+        fastcam.attribute(net, torch.randn(1, 3, 8, 8), "lrp")
+
+
+@pytest.mark.parametrize("method", ["lrp", "attribution_equilibrium"])
+def test_a_registered_rule_comes_before_every_other(method, monkeypatch):
+    from fastcam.program.relevance import walk
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.ReLU())
+    net = nn.Sequential(*net, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)).double().eval()
+    images = torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    monkeypatch.setattr(walk, "_registered", {})
+    seen = []
+
+    def rule(step, given):
+        seen.append(step.node)
+        return {step.source: given}
+
+    fastcam.register_relevance_rule("aten::group_norm", rule)
+    assert fastcam.attribute(net, images, method, targets=0).maps.isfinite().all()
+    assert len(seen) == 1
+    odd = nn.Sequential(nn.Conv2d(3, 3, 2, padding="same"), net).double().eval()
+    with pytest.raises(fastcam.UnsupportedOpError, match="pads one side more"):
+        fastcam.attribute(odd, images, "lrp")
+    fastcam.register_relevance_rule("aten::conv2d", "gradient")
+    assert fastcam.attribute(odd, images, method, targets=0).maps.isfinite().all()

@@ -18,7 +18,7 @@ from .layer import Geometry, is_weighted, weight_and_bias
 from .messages import Relevance
 from .rules import Pass, ZBox
 from .steps import Given, StepView
-from .walk import RelevanceWalk, Way, general_way, unsupported, weighted_way
+from .walk import RelevanceWalk, Way, general_way, geometry_in, unsupported, weighted_way
 
 __all__ = ["Equilibrium", "start_layer"]
 
@@ -56,6 +56,8 @@ class Equilibrium:
         if node.kind in ("pool", "resize") or name in ("mean", "sum"):
             return Way(_shares)
         if name == "batch_norm":
+            if node.args[5] is not False:
+                raise unsupported(node, "a norm by the batch's own statistics")
             return Way(self._norm)
         if node.kind in ("norm", "softmax", "attention"):
             raise unsupported(node, "Attribution Equilibrium passes batch norms only")
@@ -64,10 +66,10 @@ class Equilibrium:
 
     def _balanced(self, walk: RelevanceWalk, node: Node, active: frozenset[int]) -> Way:
         """A convolution or linear layer that does not read the image."""
-        geometry = Geometry.of(node)
+        geometry = geometry_in(walk.program, node)
         source = node.args[0]
         if geometry is None or not isinstance(source, Ref) or active != frozenset({source.index}):
-            raise unsupported(node, "its weight depends on the image, or its padding is 'same'")
+            raise unsupported(node, "its weight depends on the image, or it pads one side more than the other")
 
         def take(step: StepView, given: list[Any]) -> Given:
             found = weight_and_bias(node, step.get)

@@ -84,8 +84,8 @@ class Geometry:
     output_padding: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, node: Node) -> Geometry | None:
-        """None for a step that is no weighted layer in the usual form."""
+    def of(cls, node: Node, kernel: tuple[int, ...] = ()) -> Geometry | None:
+        """None for a step that is no weighted layer in the usual form. `kernel` is its size, for padding "same"."""
         name = op_name(node.target)
         if name in ("linear", "addmm", "mm", "matmul"):
             return cls(0)
@@ -112,7 +112,10 @@ class Geometry:
         if stride is None or dilation is None:
             return None
         if isinstance(padding, str):
-            return cls(rank, False, stride, (), dilation, groups) if padding == "valid" else None
+            pads = [d * (k - 1) for d, k in zip(dilation, kernel, strict=False)] if padding == "same" else [0] * rank
+            if len(pads) != rank or any(each % 2 for each in pads):
+                return None
+            return cls(rank, False, stride, tuple(each // 2 for each in pads), dilation, groups)
         return cls(rank, False, stride, each(4, "padding", 0) or (), dilation, groups)
 
     @property

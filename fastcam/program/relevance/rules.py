@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
@@ -44,10 +44,13 @@ class Weighted(Rule, ABC):
 
     needs_output: ClassVar[bool] = False
 
-    bias: bool = True
-    epsilon: float = 1e-6
+    # By keyword only, so that `Gamma(0.1)` is a Gamma of 0.1.
+    bias: bool = field(default=True, kw_only=True)
+    epsilon: float = field(default=1e-6, kw_only=True)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.bias, bool):
+            raise TypeError(f"bias must be True or False; got {self.bias!r}")
         if not (isinstance(self.epsilon, (int, float)) and math.isfinite(self.epsilon) and self.epsilon >= 0):
             raise ValueError(f"epsilon must be a finite number, not negative; got {self.epsilon!r}")
 
@@ -65,6 +68,8 @@ class Epsilon(Weighted):
     """R' = x t(R / st(z), W). One transpose."""
 
     needs_output = True
+
+    epsilon: float = 1e-6
 
     def prepare(self, layer: Layer) -> Tensor:
         if self.bias or layer.bias is None:
@@ -178,8 +183,8 @@ class Rap(_Split):
     of the totals of C and R is taken from the entries of C that are not 0, in equal parts."""
 
     name = "rap"
-    bias: bool = False
-    epsilon: float = 0.0
+    bias: bool = field(default=False, kw_only=True)
+    epsilon: float = field(default=0.0, kw_only=True)
 
     @property
     def numbers(self) -> tuple[float, float]:
@@ -281,7 +286,7 @@ class WSquare(Weighted):
 class Flat(Weighted):
     """R' = t(R / st(c(1, 1)), 1): equal shares for everything a step reads, whatever x and W are."""
 
-    bias: bool = False
+    bias: bool = field(default=False, kw_only=True)
 
     def prepare(self, layer: Layer) -> Tensor:
         return layer.forward(torch.ones_like(layer.inputs[:1]), layer.modified("ones"))
@@ -326,7 +331,8 @@ class Norm(Rule):
 
 @dataclass(frozen=True)
 class Rectified(Rule):
-    """R' = max(R, 0), for ReLUs; with `mask` also 0 where x <= 0 (guided backpropagation; without: DeconvNet)."""
+    """R' = max(R, 0) at ReLUs; with `mask` also 0 where x <= 0 (guided backpropagation; without: DeconvNet). Any other
+    activation has its derivative."""
 
     mask: bool = True
 

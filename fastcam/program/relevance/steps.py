@@ -206,7 +206,7 @@ def activation(step: StepView, rule: Rule, given: list[Any]) -> Given:
     if isinstance(rule, Pass):
         return passed(step, rule, given)
     x = step.get(step.source)
-    if isinstance(rule, Rectified):
+    if isinstance(rule, Rectified) and op_name(step.node.target) == "relu":
         keep = (lambda r: torch.where(x > 0, r, 0).clamp_(min=0)) if rule.mask else (lambda r: r.clamp(min=0))
         return {step.source: [Relevance(keep(one.tensor())) for one in given]}
     return derivative(step, rule, given)

@@ -152,7 +152,7 @@ class RelevanceWalk:
             if node.dtype is not None and not node.dtype.is_floating_point:
                 continue
             varies.add(node.index)
-            way = composer.way(self, node, active)
+            way = registered_way(node) or composer.way(self, node, active)
             if way.inputs:
                 keep |= active
             if way.output:
@@ -274,13 +274,20 @@ def _reads_image(program: Program, nodes: Sequence[Node]) -> frozenset[int]:
     return frozenset(found)
 
 
+def geometry_in(program: Program, node: Node) -> Geometry | None:
+    """`Geometry.of`, which for padding "same" needs the kernel's size."""
+    weight = node.args[1] if len(node.args) > 1 else None
+    kernel = (program.nodes[weight.index].shape or ())[2:] if isinstance(weight, Ref) else ()
+    return Geometry.of(node, tuple(size or 0 for size in kernel))
+
+
 def weighted_way(walk: RelevanceWalk, node: Node, active: frozenset[int], rule: Weighted) -> Way:
     """A convolution or linear layer under `rule`."""
-    geometry = Geometry.of(node)
+    geometry = geometry_in(walk.program, node)
     place = 1 if op_name(node.target) == "addmm" else 0
     source = node.args[place]
     if geometry is None or not isinstance(source, Ref) or active != frozenset({source.index}):
-        raise unsupported(node, "its weight depends on the image, or its padding is 'same'")
+        raise unsupported(node, "its weight depends on the image, or it pads one side more than the other")
     signed = source.index not in walk.nonnegative
 
     def take(step: StepView, given: list[Any]) -> Given:
@@ -299,9 +306,6 @@ def weighted_way(walk: RelevanceWalk, node: Node, active: frozenset[int], rule: 
 def general_way(node: Node, active: frozenset[int], rules: Mapping[str, Rule]) -> Way:
     """A step without weights. `rules` by kind: activation, add, pool, max_pool, norm, product."""
     name = op_name(node.target)
-    operator = _full_name(node)
-    if operator in _registered:
-        return _registered_way(operator)
 
     def bound(function: Callable[[StepView, Rule, list[Any]], Given], rule: Rule, inputs: bool = True) -> Way:
         return Way(lambda step, given: function(step, rule, given), inputs)
@@ -334,8 +338,11 @@ def general_way(node: Node, active: frozenset[int], rules: Mapping[str, Rule]) -
     raise unsupported(node)
 
 
-def _registered_way(operator: str) -> Way:
-    rule = _registered[operator]
+def registered_way(node: Node) -> Way | None:
+    """By the rule the user has registered for the step's operator, if any: it comes before every other."""
+    rule = _registered.get(_full_name(node))
+    if rule is None:
+        return None
     if callable(rule):
         return Way(rule)
     if rule == "pass":

@@ -47,7 +47,8 @@ _AFFINE = frozenset(_AFFINE_NAMES.split())
 #: Operators affine in one activation while everything else they read is none.
 _AFFINE_IN_ONE_KINDS = frozenset({"conv", "linear", "matmul", "mul"})
 _FUNCTION_NAMES = """
-exp expm1 log log1p log2 log10 sqrt rsqrt reciprocal pow square abs sign sin cos atan erf
+exp expm1 log log1p log2 log10 sqrt rsqrt reciprocal pow square abs sign sin cos tan atan asinh sinh cosh erf
+softshrink hardshrink
 """
 _ELEMENTWISE = (ACTIVATIONS - {"relu", "leaky_relu"}) | frozenset(_FUNCTION_NAMES.split())
 _RULES = {
