@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -18,6 +20,7 @@ from fastcam.methods._maps import Maps, finish
 from fastcam.methods._method import Evidence, Shares
 from fastcam.program.capture import Program
 from fastcam.program.embedding import unnormalised
+from fastcam.program.execute import Weights
 from fastcam.program.forward import Forward, Session
 from fastcam.program.hooks import HookSession
 from fastcam.program.layers import check_spatial
@@ -37,7 +40,8 @@ class PairAttribution:
 
     maps_a, maps_b  (B, H, W) each, at its own images' size; in [0, 1] where normalised
     raw_a, raw_b    (B, h, w): the maps at layer size, after the ReLU, before normalisation
-    contributions   (B, D) what each channel of the embedding contributes to the similarity
+    contributions   (B, D) what each channel of the embedding contributes to the similarity (with the option
+                    `dissimilarity`: to the difference)
     weights         (B, D) the channels' weights, the same for both images
     score           (B,) the similarity: cosine, or minus the squared distance
     valid           (B,) bool; False where a map was masked because something was not finite
@@ -77,7 +81,7 @@ class Gallery:
     labels      (N,) integers, or None
     image       an image's own (C, *spatial)
     layer       name of the layer
-    normalized  whether the network ends in an L2 normalisation (these embeddings are from before it)
+    length      that the network brings its embeddings to in the end, or None (these are from before that)
     """
 
     features: Tensor
@@ -85,19 +89,23 @@ class Gallery:
     labels: Tensor | None
     image: tuple[int, ...]
     layer: str
-    normalized: bool
+    length: float | None
 
     def __len__(self) -> int:
         return len(self.features)
 
     def __getitem__(self, rows: Any) -> Gallery:
         """The images of `rows`: a slice, integers or a mask."""
-        if isinstance(rows, int):
-            rows = [rows]
+        with contextlib.suppress(TypeError):
+            rows = [operator.index(rows)]
         labels = None if self.labels is None else self.labels[rows]
         return dataclasses.replace(self, features=self.features[rows], embeddings=self.embeddings[rows], labels=labels)
 
 
+_ONE_FOR_ONE = (
+    "this network at layer '{layer}' explains pairs of images one for one only; for galleries and all against all it "
+    "has to be captured, with nothing around the layer"
+)
 #: What a side of a comparison may be given as.
 Side: TypeAlias = Tensor | Gallery
 
@@ -190,7 +198,10 @@ class PairExplainer(Network):
         with neutral_modes():
             left, right = self._side(images), self._side(support)
             rows = torch.as_tensor(rows, device=right.device)
-            chosen = torch.ones_like(rows, dtype=torch.bool) if chosen is None else chosen.to(right.device)
+            if rows.dtype.is_floating_point or rows.dtype == torch.bool:
+                raise TypeError(f"rows must hold integers, places in the support; got {rows.dtype}")
+            chosen = torch.ones_like(rows) if chosen is None else torch.as_tensor(chosen, device=right.device)
+            chosen = chosen.bool()
             return self._among(left, right, rows, chosen, {})
 
     def neighbours(self, images: Side, gallery: Gallery, *, k: int = 20, temperature: float = 0.07) -> PairAttribution:
@@ -200,7 +211,7 @@ class PairExplainer(Network):
         the winning class are the set of `against`. `extra` has "neighbours" (B, k) rows of the gallery, nearest first,
         "chosen" (B, k), and "predicted" (B,).
 
-        Raises ValueError for a gallery without labels, or k that it does not hold.
+        A smaller gallery gives all it has. Raises ValueError for a gallery without labels, or without images.
         """
         if not isinstance(gallery, Gallery) or gallery.labels is None:
             raise ValueError("neighbours vote by their labels; make the gallery with labels=")
@@ -237,11 +248,18 @@ class PairExplainer(Network):
             raise ValueError("prototypes are means over a label's images; make the gallery with labels=")
         with neutral_modes():
             left, right = self._side(images), self._side(gallery)
+            if len(right) == 0:
+                raise ValueError("the gallery is empty")
             known, member = torch.unique(gallery.labels.to(right.device), return_inverse=True)
             if targets is None:
                 place = self._nearest_prototype(left, right, member, len(known))
             else:
-                wanted = torch.as_tensor(targets, device=right.device).expand(len(left))
+                wanted = torch.as_tensor(targets, device=right.device)
+                if wanted.dtype.is_floating_point or tuple(wanted.shape) not in ((), (len(left),)):
+                    raise ValueError(
+                        f"targets must be a label or ({len(left)},) labels; got {wanted.dtype} {tuple(wanted.shape)}"
+                    )
+                wanted = wanted.expand(len(left))
                 found = wanted.unsqueeze(1) == known
                 if not bool(found.any(1).all()):
                     missing = int(wanted[~found.any(1)][0])
@@ -276,23 +294,25 @@ class PairExplainer(Network):
         if given is not None and tuple(given.shape) != (len(features),):
             raise ValueError(f"labels must be ({len(features)},), one for each image; got {tuple(given.shape)}")
         first = parts[0]
-        return Gallery(features, embeddings, given, first.image, first.session.layer, first.normalized)
+        return Gallery(features, embeddings, given, first.image, first.session.layer, first.length)
 
     # ---- one side ----
 
     def _side(self, given: Side) -> _Side:
         if isinstance(given, Gallery):
-            session, normalized = self._session(given.features.new_zeros((1, *given.image)))
-            if session.layer != given.layer or normalized != given.normalized:
+            parameter = next((p for p in self.model.parameters() if p.is_floating_point()), given.features)
+            session, length = self._session(given.features.new_zeros((1, *given.image), dtype=parameter.dtype))
+            if session.layer != given.layer:
                 raise ValueError(f"the gallery holds layer '{given.layer}', this explainer reads '{session.layer}'")
-            return _Side(session, given.features, given.embeddings, given.image, normalized)
+            self._check_origin(given, session)
+            return _Side(session, given.features, given.embeddings, given.image, length)
         check_images(given)
         warn_if_training(self.model)
         images = given.clone() if given.is_inference() else given
         if len(images) == 0:
             one = self._side(images.new_zeros((1, *images.shape[1:])))
             return dataclasses.replace(one, features=one.features[:0], embeddings=one.embeddings[:0], passed=None)
-        session, normalized = self._session(images)
+        session, length = self._session(images)
         # Features that say nothing alone have to keep their pass.
         lone = not isinstance(session, CapturedSession) or bool(session.cut.bypass)
         lone = lone and self.options.embedding == "output"
@@ -303,20 +323,40 @@ class PairExplainer(Network):
         if isinstance(session, HookSession) and lone:
             _refuse_unit_rows(embeddings, session.reason)
         image = tuple(images.shape[1:])
-        return _Side(session, passed.features, embeddings, image, normalized, passed if lone else None)
+        return _Side(session, passed.features, embeddings, image, length, passed if lone else None)
 
-    def _session(self, images: Tensor) -> tuple[Session, bool]:
-        """The network at the layer, and whether it normalises its embeddings."""
-        normalized = False
+    def _session(self, images: Tensor) -> tuple[Session, float | None]:
+        """The network at the layer, and the length it brings its embeddings to, where it does."""
+        length = None
 
         def rewrite(program: Program) -> Program:
-            nonlocal normalized
-            raw = unnormalised(program)
-            normalized = raw is not program
-            return raw
+            nonlocal length
+            if self.options.embedding != "output":
+                return program
+            found = program.embedding or unnormalised(program, Weights(program, self.model).values())
+            length = found.length
+            return found.program
 
         session = self._network_at(images, self.method.name, self.options, "closed_form", rewrite=rewrite)
-        return session, normalized
+        return session, length
+
+    def _check_origin(self, gallery: Gallery, session: Session) -> None:
+        """That the gallery's embeddings are what this network makes of its features."""
+        if not isinstance(session, CapturedSession) or session.cut.bypass or len(gallery) == 0:
+            return
+        features, found = gallery.features[:1], gallery.embeddings[:1]
+        if features.dtype == session.bound.dtype:
+            with neutral_modes():
+                output = session.cut.run_probe(features, session.leaves)
+            expected = self._embedded(output, self._reshaped(features))
+            scale = expected.abs().max()
+            if expected.shape == found.shape and bool((expected.float() - found.float()).abs().max() <= 2e-2 * scale):
+                return
+        raise ValueError(
+            f"the gallery's embeddings, {found.dtype} with {found.shape[1]} channels, are not what this explainer "
+            "makes of its features: it was made by another model, with other weights, another pooling or precision; "
+            "make it anew with explainer.gallery(images)"
+        )
 
     @property
     def _reshapes(self) -> bool:
@@ -356,14 +396,14 @@ class PairExplainer(Network):
             return weights * (factor if rows is None else factor[rows])
         if side.passed is not None:
             if rows is not None and not torch.equal(rows, torch.arange(len(side), device=rows.device)):
-                raise ValueError(
-                    f"this network at layer '{side.session.layer}' explains pairs one for one only; for galleries and "
-                    "all against all it has to be captured, with nothing around the layer"
-                )
+                raise ValueError(_ONE_FOR_ONE.format(layer=side.session.layer))
             score = Targets(None, lambda output: (output * weights).sum(1))
             found = side.passed.gradients(score)
+        elif not isinstance(side.session, CapturedSession):
+            if len(weights) > 0:
+                raise ValueError(_ONE_FOR_ONE.format(layer=side.session.layer))
+            return weights.new_zeros((0, self._reshaped(side.features).shape[1]))
         else:
-            assert isinstance(side.session, CapturedSession)
             rows = torch.arange(len(side), device=weights.device) if rows is None else rows
             found = side.session.pull_back(side.features, weights, rows)
         return _summed(self._reshaped(found), weights.dtype)
@@ -394,7 +434,7 @@ class PairExplainer(Network):
 
     def _nearest_prototype(self, left: _Side, right: _Side, member: Tensor, classes: int) -> Tensor:
         """(B,) the class whose mean embedding is most similar; `member` (N,) is each support image's class."""
-        unit = self.options.metric == "cosine" or self._unit(left, right)
+        unit = self.options.metric == "cosine" or self._length(left) is not None
         wide = accumulation_dtype(right.embeddings.dtype)
         u, m = (one.embeddings.to(wide) for one in (left, right))
         if unit:
@@ -414,9 +454,7 @@ class PairExplainer(Network):
             raise IndexError(f"rows must lie in 0 to {len(right) - 1}, the support's images")
         if not bool(chosen.any(1).all()):
             raise ValueError("each image needs at least one chosen support image")
-        shares = self.method.among(
-            left.embeddings, right.embeddings[rows], chosen, self.options, self._unit(left, right)
-        )
+        shares = self.method.among(left.embeddings, right.embeddings[rows], chosen, self.options, self._length(left))
         flat = rows.flatten()
         ours = self._channels(left, shares.weights)
         theirs = self._channels(right, shares.weights.repeat_interleave(rows.shape[1], 0), flat)
@@ -428,16 +466,17 @@ class PairExplainer(Network):
         result = self._result(left, shares, [ours, weights], [first, second])
         return dataclasses.replace(result, extra=result.extra | extra | {"chosen": chosen})
 
-    def _unit(self, left: _Side, right: _Side) -> bool:
+    def _length(self, left: _Side) -> float | None:
+        """What embeddings are brought to before they are compared, or None."""
         given = self.options.normalize_embedding
-        return left.normalized if given is None else bool(given)
+        return left.length if given is None or (given and left.length) else 1.0 if given else None
 
     def _shares(self, left: _Side, right: _Side) -> Shares:
         if left.embeddings.shape[1] != right.embeddings.shape[1]:
             raise ValueError(
                 f"the two sides have embeddings of {left.embeddings.shape[1]} and {right.embeddings.shape[1]} channels"
             )
-        return self.method.shares(left.embeddings, right.embeddings, self.options, self._unit(left, right))
+        return self.method.shares(left.embeddings, right.embeddings, self.options, self._length(left))
 
     def _maps(self, side: _Side, weights: Tensor) -> Maps:
         """Maps, raw maps and whether each is finite, of weights (B[, T], K)."""
@@ -498,7 +537,7 @@ class _Side:
     features: Tensor
     embeddings: Tensor
     image: tuple[int, ...]
-    normalized: bool
+    length: float | None
     passed: Forward | None = None
 
     def __len__(self) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -11,7 +13,6 @@ from torch.nn import functional
 
 import fastcam
 from fastcam.program.capture import capture
-from fastcam.program.embedding import unnormalised
 
 SIZE = 24
 
@@ -287,37 +288,91 @@ def test_dissimilarity_ranks_the_other_way_round():
     torch.testing.assert_close(turned.score, plain.score)
 
 
-@pytest.mark.parametrize("form", ["normalize", "norm", "root", "rsqrt"])
-def test_a_final_normalisation_is_looked_behind(form):
-    forms = {
-        "normalize": lambda z: functional.normalize(z),
-        "norm": lambda z: z / z.norm(dim=-1, keepdim=True),
-        "root": lambda z: z / torch.sqrt((z**2).sum(1, keepdim=True) + 1e-9),
-        "rsqrt": lambda z: z * torch.rsqrt((z * z).sum(1, keepdim=True)),
-    }
+NORMALISED = {
+    "normalize": lambda z: functional.normalize(z),
+    "norm": lambda z: z / z.norm(dim=-1, keepdim=True),
+    "root": lambda z: z / torch.sqrt((z**2).sum(1, keepdim=True) + 1e-9),
+    "rsqrt": lambda z: z * torch.rsqrt((z * z).sum(1, keepdim=True)),
+    "power": lambda z: z / z.pow(2).sum(1).sqrt().unsqueeze(1),
+    "indexed": lambda z: z / torch.linalg.norm(z, dim=1)[:, None],
+    "transposed": lambda z: (z.t() / z.norm(dim=1)).t(),
+    "maps": lambda z: functional.normalize(z[:, :, None, None], dim=1).flatten(1),
+    "retrieval": lambda z: _squeezed(z[:, :, None, None]),
+    "scaled": lambda z: functional.normalize(z) * 16,
+    "copied": lambda z: functional.normalize(z).contiguous().clone(),
+    "twice": lambda z: functional.normalize(functional.normalize(z)),
+}
 
-    class Unit(Embedder):
+
+def _squeezed(x):
+    return (x / (x.norm(p=2, dim=1, keepdim=True) + 1e-9).expand_as(x)).squeeze(-1).squeeze(-1)
+
+
+def ending(function) -> nn.Module:
+    class Ending(Embedder):
         def forward(self, images):
-            return forms[form](super().forward(images))
+            return function(super().forward(images))
 
     torch.manual_seed(0)
-    model = Unit("mlp").double().eval()
+    return Ending("mlp").double().eval()
+
+
+@pytest.mark.parametrize("form", list(NORMALISED))
+def test_a_final_normalisation_is_looked_behind(form):
+    """Cosine as of the raw embeddings; Euclidean of the network's own output, pulled back from the raw embeddings."""
+    model = ending(NORMALISED[form])
     raw = network("mlp")
     raw.load_state_dict(model.state_dict())
-    assert unnormalised(capture(model, pictures(1))).outputs != capture(model, pictures(1)).outputs
-    found = fastcam.attribute_pair(model, pictures(2), pictures(2, 2))
-    torch.testing.assert_close(found.maps_a, fastcam.attribute_pair(raw, pictures(2), pictures(2, 2)).maps_a)
+    a, b = pictures(2), pictures(2, 2)
+    found, other = fastcam.attribute_pair(model, a, b), fastcam.attribute_pair(raw, a, b)
+    torch.testing.assert_close(found.maps_a, other.maps_a)
+    torch.testing.assert_close(found.contributions, other.contributions)
+    euclidean = fastcam.attribute_pair(model, a, b, metric="euclidean", size="layer")
+    u, v = model(a).detach(), model(b).detach()
+    torch.testing.assert_close(euclidean.score, -(u - v).square().sum(1), rtol=1e-6, atol=1e-8)
+    c = -((u - v) ** 2)
+    w = (c - c.amin(1, keepdim=True)) / (c.amax(1, keepdim=True) - c.amin(1, keepdim=True))
+    features = raw.features(a).detach().requires_grad_()
+    (gradient,) = torch.autograd.grad((w * raw.embed(features)).sum(), features)
+    m = (gradient.sum((2, 3))[..., None, None] * features.detach()).sum(1).relu()
+    torch.testing.assert_close(euclidean.raw_a, m, rtol=1e-5, atol=1e-7)
 
 
-def test_a_ratio_that_is_no_norm_is_left_alone():
-    class Ratio(Embedder):
-        def forward(self, images):
-            z = super().forward(images)
-            return z / z.sum(1, keepdim=True)
+OTHERWISE = {
+    "sum": lambda z: z / z.sum(1, keepdim=True),
+    "square": lambda z: z / (z * z).sum(1, keepdim=True),
+    "times": lambda z: z * z.norm(dim=1, keepdim=True),
+    "one more": lambda z: z / (1 + z.norm(dim=1, keepdim=True)),
+    "clamped": lambda z: z / z.norm(dim=1, keepdim=True).clamp(min=5),
+    "half": lambda z: z / z.norm(dim=1, keepdim=True).sqrt(),
+}
 
-    torch.manual_seed(0)
-    program = capture(Ratio("mlp").double().eval(), pictures(1))
-    assert unnormalised(program) is program
+
+@pytest.mark.parametrize("form", list(OTHERWISE))
+def test_what_is_no_normalisation_is_part_of_the_network(form):
+    model, a, b = ending(OTHERWISE[form]), pictures(2), pictures(2, 2)
+    result = fastcam.attribute_pair(model, a, b, metric="euclidean")
+    u, v = model(a).detach(), model(b).detach()
+    torch.testing.assert_close(result.score, -(u - v).square().sum(1))
+    features = model.features(a).detach().requires_grad_()
+    z = OTHERWISE[form](model.embed(features))
+    (gradient,) = torch.autograd.grad((result.weights * z).sum(), features)
+    torch.testing.assert_close(result.extra["channel_weights_a"], gradient.sum((2, 3)))
+
+
+def test_a_normalisation_that_cannot_be_looked_behind_is_refused():
+    model = ending(lambda z: torch.cat([torch.cos(z), torch.sin(z)], 1))  # of length sqrt(5) whatever z is
+    with pytest.raises(RuntimeError, match="all have length 2"):
+        fastcam.attribute_pair(model, pictures(2), pictures(2, 2))
+
+
+def test_models_are_let_go():
+    model, a = network("linear_unit"), pictures(1)
+    fastcam.attribute_pair(model, a, a)
+    gone = weakref.ref(capture(model, a))
+    del model
+    gc.collect()
+    assert gone() is None
 
 
 class Uncapturable(Embedder):
@@ -335,8 +390,11 @@ def test_networks_that_cannot_be_captured_go_through_a_hook():
     found = fastcam.attribute_pair(model, pictures(2), pictures(2, 2), layer="features")
     torch.testing.assert_close(found.maps_b, fastcam.attribute_pair(plain, pictures(2), pictures(2, 2)).maps_b)
     explainer = fastcam.PairExplainer(model, layer="features")
-    with pytest.raises((ValueError, RuntimeError), match="captured"):
+    with pytest.raises(ValueError, match="captured"):
         explainer.cross(pictures(2), pictures(3, 2))
+    with pytest.raises(ValueError, match="one for one"):
+        explainer(pictures(3), explainer.gallery(pictures(3, 2)))
+    assert explainer(pictures(0), pictures(0)).maps_a.shape == (0, 24, 28)
     torch.manual_seed(0)
     unit = Uncapturable("mlp_unit").double().eval()
     with pytest.raises(RuntimeError, match="length 1"):
@@ -413,6 +471,8 @@ def test_half_precision_is_near(precision):
     half = fastcam.PairExplainer(model, precision=precision)(a, b)
     assert half.contributions.dtype == torch.float32
     torch.testing.assert_close(half.score, full.score, atol=2e-2, rtol=2e-2)
+    for one, other in ((half.maps_a, full.maps_a), (half.maps_b, full.maps_b)):
+        assert functional.cosine_similarity(one.flatten(1), other.flatten(1)).min() > 0.99
 
 
 def test_the_model_is_left_alone_in_train_mode():
@@ -474,11 +534,17 @@ def test_nan_is_named_or_masked():
     torch.testing.assert_close(result.maps_a[2:], fastcam.attribute_pair(model, a[2:], b[2:]).maps_a)
 
 
+INVERSE = {"metric": "euclidean", "euclidean_term": "inverse"}
 ERRORS = [
     ({"metric": "manhattan"}, ValueError, "metric must be one of 'cosine', 'euclidean'; got 'manhattan'"),
     ({"weighting": "softmax"}, ValueError, "weighting must be one of"),
     ({"metrik": "cosine"}, TypeError, "no option 'metrik'; did you mean 'metric'"),
     ({"metric": "euclidean", "weighting": "ratio"}, ValueError, "use weighting='minmax' or relu=False"),
+    (
+        {"metric": "euclidean", "euclidean_term": "inverse", "weighting": "raw", "dissimilarity": True},
+        ValueError,
+        "never",
+    ),
     ({"gem_power": 0}, ValueError, "gem_power must be a positive number"),
     ({"layer": "feature"}, ValueError, "has no layer 'feature'"),
     ({"method": "grad_cam"}, ValueError, "explains images one by one .* sfam"),
@@ -508,8 +574,33 @@ def test_more_errors():
         fastcam.PairExplainer(model, layer="features.0")(pictures(1), explainer.gallery(pictures(1)))
     with pytest.raises(IndexError, match="rows must lie in"):
         explainer.against(pictures(1), pictures(2), torch.tensor([[2]]))
+    with pytest.raises(TypeError, match="rows must hold integers"):
+        explainer.against(pictures(1), pictures(2), torch.tensor([[0.5]]))
+    labelled = explainer.gallery(pictures(3), [0, 1, 1])
+    with pytest.raises(ValueError, match=r"targets must be a label or \(2,\)"):
+        explainer.prototypes(pictures(2), labelled, targets=[0, 1, 1])
+    with pytest.raises(ValueError, match="empty"):
+        explainer.prototypes(pictures(2), labelled[:0])
     with pytest.raises(ValueError, match="at least one chosen"):
         explainer.against(pictures(1), pictures(2), torch.tensor([[1]]), torch.tensor([[False]]))
+
+
+def test_a_gallery_of_another_making_is_refused():
+    model, a, b = network("linear"), pictures(2), pictures(3, 2)
+    gallery = fastcam.PairExplainer(model).gallery(b)
+    other = network("linear", seed=1)
+    for explainer in (
+        fastcam.PairExplainer(other),
+        fastcam.PairExplainer(model, embedding="max"),
+        fastcam.PairExplainer(model, precision="fp32"),
+    ):
+        with pytest.raises(ValueError, match="make it anew"):
+            explainer(a[:1], gallery)
+    assert len(gallery[1]) == len(gallery[torch.tensor(1)]) == len(gallery[-1]) == 1
+    with torch.no_grad():
+        model.linear.weight.mul_(3)
+    with pytest.raises(ValueError, match="make it anew"):
+        fastcam.PairExplainer(model)(a[:1], gallery)
 
 
 def test_registry_tells_of_sfam():

@@ -282,7 +282,7 @@ class PairMethod:
     name       what users pass as `method=`
     summary    one line
     source     paper
-    shares     (embeddings (B, D), embeddings (B, D), options, whether the network normalises them) -> `Shares`
+    shares     (embeddings (B, D), embeddings (B, D), options, length they are compared at or None) -> `Shares`
     among      (embeddings (B, D), embeddings (B, S, D), chosen (B, S), options, ...) -> `Shares` of one among several
     options    the dataclass of its options, defaults included
     explains   "pairs of images"

@@ -27,11 +27,11 @@ class SfamOptions(CamOptions):
     euclidean_term       what an embedding channel contributes under "euclidean": "neg_sq" -(u - v)^2 · "cross" 2 u v ·
                          "inverse" 1 / (1 + |u - v|)
     weighting            "minmax" over channels, ones where constant · "ratio" c / |sum c| · "raw" c
-    embedding            where embeddings come from: "output", the model's output (a feature map (B, D, *spatial) is
-                         averaged) · "avg", "max", "gem": the layer's features, pooled
+    embedding            where embeddings come from: "output", the model's output (B, D) · "avg", "max", "gem": the
+                         layer's features, pooled
     gem_power            exponent of embedding="gem", (mean A^p)^(1/p)
-    normalize_embedding  compare unit vectors (matters for "euclidean" only) · None: where the network ends in an L2
-                         normalisation
+    normalize_embedding  compare vectors of one length (matters for "euclidean" only) · None: where the network ends in
+                         an L2 normalisation
     dissimilarity        weigh channels by what they contribute to the difference instead: c -> -c. Not in the paper
     """
 
@@ -56,15 +56,15 @@ class SfamOptions(CamOptions):
                 raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
         if not isinstance(self.gem_power, (int, float)) or not 0 < self.gem_power < math.inf:
             raise ValueError(f"gem_power must be a positive number; got {self.gem_power!r}")
-        never_positive = self.metric == "euclidean" and self.euclidean_term == "neg_sq" and not self.dissimilarity
-        if never_positive and self.weighting != "minmax" and self.relu:
+        never = "inverse" if self.dissimilarity else "neg_sq"
+        if (self.metric, self.euclidean_term) == ("euclidean", never) and self.weighting != "minmax" and self.relu:
             raise ValueError(
-                f"weighting={self.weighting!r} of -(u - v)^2 is never positive: with relu=True maps of features that "
-                "are not negative are all zero; use weighting='minmax' or relu=False"
+                f"weighting={self.weighting!r} of the {never!r} term is never positive here: with relu=True maps of "
+                "features that are not negative are all zero; use weighting='minmax' or relu=False"
             )
 
 
-def sfam(first: Tensor, second: Tensor, options: SfamOptions, normalized: bool = False) -> Shares:
+def sfam(first: Tensor, second: Tensor, options: SfamOptions, length: float | None = None) -> Shares:
     """The similarity of two embeddings, split over their channels; the same weights serve the maps of both images.
 
     u = z_a, v = z_b;   c_d = u_d v_d / (|u| |v|)  (cosine)   or   -(u_d - v_d)^2  (euclidean);   t = sum_d c_d
@@ -84,8 +84,8 @@ def sfam(first: Tensor, second: Tensor, options: SfamOptions, normalized: bool =
     earlier public code (product, division by |t|, min-max, pull-back, ReLU). Euclidean: reconstructed.
     """
     term = "cosine" if options.metric == "cosine" else options.euclidean_term
-    if normalized and options.metric == "euclidean":
-        first, second = _unit_rows(first), _unit_rows(second)
+    if length is not None and options.metric == "euclidean":
+        first, second = length * _unit_rows(first), length * _unit_rows(second)
     shares = _split(first, second, term, options)
     if term in ("cosine", "neg_sq"):
         return shares
@@ -106,7 +106,7 @@ def _unit_rows(embeddings: Tensor) -> Tensor:
     return functional.normalize(embeddings.to(accumulation_dtype(embeddings.dtype)), eps=1e-12)
 
 
-def among(first: Tensor, others: Tensor, chosen: Tensor, options: SfamOptions, normalized: bool = False) -> Shares:
+def among(first: Tensor, others: Tensor, chosen: Tensor, options: SfamOptions, length: float | None = None) -> Shares:
     """One embedding against the mean of several.
 
     cosine: c_d = mean_j u_d m_jd with u and m_j of length 1;   euclidean: the pair of u and the mean of the m_j
@@ -114,12 +114,14 @@ def among(first: Tensor, others: Tensor, chosen: Tensor, options: SfamOptions, n
     first (B, D), others (B, S, D), chosen (B, S) bool, at least one in each row
     """
     keep = chosen.unsqueeze(-1).to(accumulation_dtype(others.dtype))
-    unit = options.metric == "cosine" or normalized
+    unit = options.metric == "cosine" or length is not None
     rows = _unit_rows(others.flatten(0, 1)).unflatten(0, others.shape[:2]) if unit else others.to(keep.dtype)
+    if options.metric == "euclidean" and length is not None:
+        first, rows = length * _unit_rows(first), length * rows
     middle = torch.where(chosen.unsqueeze(-1), rows, 0).sum(1) / keep.sum(1)
     if options.metric == "cosine":
         return _split(_unit_rows(first), middle, "dot", options)
-    return sfam(first.to(middle.dtype), middle, options, normalized)
+    return sfam(first.to(middle.dtype), middle, options)
 
 
 METHOD = PairMethod(

@@ -2,6 +2,7 @@
 
 from .backbones import densenet_bc, resnet, resnext29, without_classifier
 from .lfi_cam import LFICAM, FeatureImportanceNetwork, LFICAMOutput
+from .train import load
 from .truncate import features_of
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "LFICAMOutput",
     "densenet_bc",
     "features_of",
+    "load",
     "resnet",
     "resnext29",
     "without_classifier",

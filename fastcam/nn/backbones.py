@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastcam.program.layers import layer_names
+
 from .truncate import features_of
 
 __all__ = ["densenet_bc", "resnet", "resnext29", "without_classifier"]
@@ -138,20 +140,21 @@ def without_classifier(
 
     The model itself is changed and shared. Raises ValueError for a model without `conv1` and `layer4`.
     """
+    if stem not in ("stride1", "keep"):
+        raise ValueError(f"stem must be 'stride1' or 'keep'; got {stem!r}")
+    layer_names(model, layer)
     conv = getattr(model, "conv1", None)
     last = getattr(model, "layer4", None)
     if not isinstance(conv, nn.Conv2d) or not isinstance(last, nn.Module):
         raise ValueError(f"{type(model).__name__} is no ResNet with conv1 and layer4; use fastcam.nn.features_of")
     if stem == "stride1":
         conv.stride = (1, 1)
-    elif stem == "keep":
+    else:
         for module in last.modules():
             if isinstance(module, nn.Conv2d):
                 module.stride = (1, 1)
             elif isinstance(module, nn.AvgPool2d):  # timm's shortcuts may pool
                 module.kernel_size = module.stride = 1
-    else:
-        raise ValueError(f"stem must be 'stride1' or 'keep'; got {stem!r}")
     return features_of(model, layer)
 
 

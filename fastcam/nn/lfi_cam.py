@@ -41,6 +41,7 @@ class FeatureImportanceNetwork(nn.Module):
     squeeze   the middle width is K // squeeze: 1 for the released 3x3 network, 2 for the 1x1 one of March 2021
     relu      "pairs": a ReLU after every second batch norm (as released for CIFAR) · "all": after each (224 pixels)
     input     "masked": M · "features": N without the image
+    init      of the convolutions: "kaiming", normal by fan_out (ResNet and DenseNet) · "default", PyTorch's (ResNeXt)
 
     Parameters: 36 K^2 + 8 K (kernel 3, squeeze 1); 3 K^2 + O(K) (kernel 1, squeeze 2).
     Shapes: features (B, K, h, w), grey (B, 1, h, w) -> (B, K), positive, sum 1, in the accumulation dtype.
@@ -56,8 +57,11 @@ class FeatureImportanceNetwork(nn.Module):
         squeeze: int = 1,
         relu: Literal["pairs", "all"] = "pairs",
         input: Literal["masked", "features"] = "masked",
+        init: Literal["kaiming", "default"] = "kaiming",
     ):
         super().__init__()
+        if init not in ("kaiming", "default"):
+            raise ValueError(f"init must be 'kaiming' or 'default'; got {init!r}")
         if kernel not in (1, 3):
             raise ValueError(f"kernel must be 1 or 3; got {kernel!r}")
         if relu not in ("pairs", "all"):
@@ -72,6 +76,8 @@ class FeatureImportanceNetwork(nn.Module):
         layers: list[nn.Module] = []
         for place, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
             layers.append(nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False))
+            if init == "kaiming":
+                nn.init.kaiming_normal_(layers[-1].weight, mode="fan_out")
             layers.append(nn.BatchNorm2d(outputs))
             if relu == "all" or place % 2 == 1:
                 layers.append(nn.ReLU(inplace=True))
@@ -81,7 +87,9 @@ class FeatureImportanceNetwork(nn.Module):
         if self.input == "features":
             grey = torch.ones_like(grey)
         pooled = self.layers(_mask(features, grey)).mean((2, 3))
-        return pooled.to(accumulation_dtype(pooled.dtype)).softmax(1)
+        if not torch.compiler.is_exporting():  # a captured network is run in other precisions than it was captured in
+            pooled = pooled.to(accumulation_dtype(pooled.dtype))
+        return pooled.softmax(1)
 
 
 class LFICAM(nn.Module):
@@ -102,7 +110,8 @@ class LFICAM(nn.Module):
     channels      K; None: found by running the backbone on one black image of `image_size`
     image_size    (C, H, W) of that image
     tail          module between the attended features and the pooling (DenseNet's last norm and ReLU); None: nothing
-    fin_kernel, fin_squeeze, fin_relu, fin_input   the options of `FeatureImportanceNetwork`
+    fin_kernel, fin_squeeze, fin_relu, fin_input, fin_init   the options of `FeatureImportanceNetwork`; fin_relu None:
+                  "pairs" up to an `image_size` of 64 pixels, "all" beyond
     attention     False: A = 0 in the logits, the plain classifier (for comparison); the map is still returned
     constant_map  attention of a constant P: "raw" P itself, which may exceed 1 · "zeros"
 
@@ -125,8 +134,9 @@ class LFICAM(nn.Module):
         tail: nn.Module | None = None,
         fin_kernel: Literal[1, 3] = 3,
         fin_squeeze: int = 1,
-        fin_relu: Literal["pairs", "all"] = "pairs",
+        fin_relu: Literal["pairs", "all"] | None = None,
         fin_input: Literal["masked", "features"] = "masked",
+        fin_init: Literal["kaiming", "default"] = "kaiming",
         attention: bool = True,
         constant_map: Literal["raw", "zeros"] = "raw",
     ):
@@ -137,8 +147,9 @@ class LFICAM(nn.Module):
             raise ValueError(f"num_classes must be at least 1; got {num_classes}")
         channels = _channels(backbone, image_size) if channels is None else channels
         self.backbone = backbone
+        relu: Literal["pairs", "all"] = fin_relu or ("pairs" if max(image_size[1:]) <= 64 else "all")
         self.fin = FeatureImportanceNetwork(
-            channels, kernel=fin_kernel, squeeze=fin_squeeze, relu=fin_relu, input=fin_input
+            channels, kernel=fin_kernel, squeeze=fin_squeeze, relu=relu, input=fin_input, init=fin_init
         )
         self.tail = nn.Identity() if tail is None else tail
         self.fc = nn.Linear(channels, num_classes)
@@ -203,7 +214,7 @@ def _mask(features: Tensor, grey: Tensor) -> Tensor:
     if not torch.compiler.is_exporting():
         return ops.lfi_mask(features, grey)
     masks = torch.where(features == 0, 0, _min_max(features, torch.ones_like(features)))
-    return (masks * grey).to(features.dtype)
+    return masks * grey
 
 
 def _attend(features: Tensor, importance: Tensor, constant_map: str) -> tuple[Tensor, Tensor]:
@@ -211,7 +222,7 @@ def _attend(features: Tensor, importance: Tensor, constant_map: str) -> tuple[Te
         return ops.lfi_attend(features, importance, constant_map)
     weighted = (importance[:, :, None, None] * features).sum(1, keepdim=True).relu()
     attention = _min_max(weighted, weighted if constant_map == "raw" else torch.zeros_like(weighted))
-    return ((1 + attention) * features).to(features.dtype), attention
+    return (1 + attention) * features, attention
 
 
 def _min_max(maps: Tensor, constant: Tensor) -> Tensor:

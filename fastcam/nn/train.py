@@ -17,8 +17,10 @@ import json
 import logging
 import math
 import os
+import sys
 import time
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -29,10 +31,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .backbones import densenet_bc, resnet, resnext29, without_classifier
-from .data import Images, augmented, digits, image_folder
+from .data import ImageFolder, Images, augmented, digits, image_folder
 from .lfi_cam import LFICAM
 
-__all__ = ["Recipe", "Report", "evaluate", "lfi_cam_of", "main", "train"]
+__all__ = ["Recipe", "Report", "evaluate", "lfi_cam_of", "load", "main", "train"]
 
 log = logging.getLogger("fastcam")
 
@@ -67,6 +69,15 @@ class Recipe:
     validation: float = 0.1
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch", "size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not 0 < self.rate < math.inf:
+            raise ValueError(f"rate must be positive; got {self.rate}")
+        if not 0 <= self.validation < 1:
+            raise ValueError(f"validation must lie in [0, 1); got {self.validation}")
+
 
 @dataclass
 class Report:
@@ -88,6 +99,7 @@ def train(
     loss: Loss | None = None,
     workers: int = 1,
     note: Note = log.info,
+    about: Mapping[str, Any] | None = None,
 ) -> Report:
     """Train `model` in place; it ends in eval mode with the weights of its best epoch.
 
@@ -96,9 +108,11 @@ def train(
     loss     (output, labels) -> scalar; None: cross-entropy of the output, or of its `logits`
     workers  threads that read and cut images
     note     is told of the progress, a line an epoch
+    about    further facts of the run (what JSON can hold), kept in the checkpoints and compared on `resume`
 
     Raises ValueError for fewer images than a batch, FileExistsError for an `out` with a run in it without `resume`,
-    ValueError naming the difference for one of another recipe, FloatingPointError where the loss is not finite.
+    ValueError naming the difference for one of another recipe, network or set of images, FloatingPointError where the
+    loss is not finite.
     """
     measure = loss or _cross_entropy
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(recipe.seed))
@@ -108,6 +122,7 @@ def train(
         raise ValueError(f"{len(kept)} training images make no batch of {recipe.batch}")
     optimizer = torch.optim.SGD(model.parameters(), recipe.rate, recipe.momentum, weight_decay=recipe.decay)
     report, best = Report(), _state(model)
+    facts = {"recipe": asdict(recipe), "identity": _identity(model, images) | dict(about or {})}
     folder = None if out is None else Path(out)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -116,7 +131,7 @@ def train(
                 raise FileExistsError(
                     f"{folder} holds a run; pass resume (--resume) to go on with it, or another folder"
                 )
-            report, best = _restore(folder / "last.pt", model, optimizer, recipe)
+            report, best = _restore(folder / "last.pt", model, optimizer, facts)
             note(f"going on after epoch {len(report.losses)} of {recipe.epochs}")
     with ThreadPoolExecutor(workers) as pool:
         for epoch in range(len(report.losses), recipe.epochs):
@@ -134,10 +149,12 @@ def train(
                 f"{left:.0f} s to go"
             )
             if folder is not None:
-                _save(folder / "last.pt", model, optimizer, recipe, report, best)
+                told = json.dumps(facts | {"report": asdict(report)})
+                state = {"model": _state(model), "optimizer": optimizer.state_dict(), "best": best, "facts": told}
+                _write(folder / "last.pt", state)
     model.load_state_dict(best)
     if folder is not None:
-        _write(folder / "best.pt", best)
+        _write(folder / "best.pt", {"model": best, "facts": json.dumps(facts | {"report": asdict(report)})})
     model.eval()
     return report
 
@@ -213,8 +230,8 @@ def lfi_cam_of(network: str, classes: int, size: int, *, branch: bool = True, st
             f"unknown network {network!r}: there are resnet20 (and other depths), densenet100, resnext29, "
             "torchvision:resnet18, timm:resnet18 and their relatives"
         )
-    relu: Any = "pairs" if size <= 64 else "all"
-    return LFICAM(backbone, classes, tail=tail, image_size=(3, size, size), fin_relu=relu, attention=branch)
+    init: Any = "default" if network == "resnext29" else "kaiming"
+    return LFICAM(backbone, classes, tail=tail, image_size=(3, size, size), fin_init=init, attention=branch)
 
 
 def _library_model(library: str, name: str) -> nn.Module:
@@ -256,17 +273,11 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
 
-def _save(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    recipe: Recipe,
-    report: Report,
-    best: dict[str, Tensor],
-) -> None:
-    facts = json.dumps({"recipe": asdict(recipe), "report": asdict(report)})
-    document = {"model": _state(model), "optimizer": optimizer.state_dict(), "best": best, "facts": facts}
-    _write(path, document)
+def _identity(model: nn.Module, images: Images) -> dict[str, Any]:
+    """What has to be the same for a run to be gone on with."""
+    shapes = [(name, tuple(value.shape)) for name, value in model.state_dict().items()]
+    labels = images.labels.to(torch.int64).numpy().tobytes()
+    return {"network": zlib.crc32(repr(shapes).encode()), "images": len(images), "labels": zlib.crc32(labels)}
 
 
 def _write(path: Path, document: dict[str, Any]) -> None:
@@ -283,20 +294,48 @@ def _write(path: Path, document: dict[str, Any]) -> None:
         os.close(folder)
 
 
+def _read(path: Path, device: torch.device) -> Any:
+    """A checkpoint's tensors and texts; never pickled code."""
+    try:
+        return torch.load(path, weights_only=True, map_location=device)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # whatever a damaged file makes of the reader
+        raise ValueError(f"{path} is damaged or no checkpoint: {type(error).__name__}") from error
+
+
 def _restore(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, recipe: Recipe
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]
 ) -> tuple[Report, dict[str, Tensor]]:
-    document = torch.load(path, weights_only=True, map_location=next(model.parameters()).device)
-    facts = json.loads(document["facts"])
-    now = json.loads(json.dumps(asdict(recipe)))
-    changed = [
-        f"{key} was {facts['recipe'][key]!r}, is {now[key]!r}" for key in now if facts["recipe"].get(key) != now[key]
-    ]
-    if changed:
-        raise ValueError(f"{path} is a run of another recipe: {'; '.join(changed)}")
+    document = _read(path, next(model.parameters()).device)
+    before, now = json.loads(document["facts"]), json.loads(json.dumps(facts))
+    for part, what in (("recipe", "another recipe"), ("identity", "another network or other images")):
+        then = before[part]
+        changed = [
+            f"{key} was {then.get(key)!r}, is {value!r}" for key, value in now[part].items() if then.get(key) != value
+        ]
+        if changed:
+            raise ValueError(f"{path} is a run of {what}: {'; '.join(changed)}")
     model.load_state_dict(document["model"])
     optimizer.load_state_dict(document["optimizer"])
-    return Report(**facts["report"]), document["best"]
+    return Report(**before["report"]), document["best"]
+
+
+def load(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
+    """A network that `fastcam train-lficam` has trained, in eval mode, from its `best.pt`, and what is known of the
+    run: "recipe" (with "mean", "std" and "size" of the images), "identity" (with "classes"), "report".
+
+    Reads tensors only, never pickled code. Raises ValueError for a file of another origin.
+    """
+    document = _read(Path(path), torch.device("cpu"))
+    facts = json.loads(document["facts"]) if isinstance(document, dict) and "facts" in document else {}
+    about = facts.get("identity", {})
+    if "built" not in about:
+        raise ValueError(f"{path} was not written by `fastcam train-lficam`")
+    name, classes, size, branch, stem = about["built"]
+    model = lfi_cam_of(name, classes, size, branch=branch, stem=stem)
+    model.load_state_dict(document["model"])
+    return model.eval(), facts
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -308,6 +347,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--network", default="resnet20", help="resnet20, densenet100, resnext29, torchvision:resnet18, ..."
     )
+    parser.add_argument("--stem", choices=("stride1", "keep"), default="stride1", help="of torchvision's and timm's")
     parser.add_argument("--plain", action="store_true", help="without the attention in the scores, for comparison")
     parser.add_argument("--epochs", type=int, default=usual.epochs)
     parser.add_argument("--batch", type=int, default=usual.batch)
@@ -318,6 +358,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--augment", choices=("crop", "crop+flip", "resized", "none"), help="default: crop+flip; testbed: crop"
     )
+    parser.add_argument("--mean", help="of the images' channels, e.g. 0.5,0.5,0.5; default: CIFAR's up to 64 pixels, ")
+    parser.add_argument("--std", help="likewise; ImageNet's beyond")
     parser.add_argument("--validation", type=float, default=usual.validation, help="share held out to choose by")
     parser.add_argument("--images", type=int, default=6000, help="images of the testbed")
     parser.add_argument("--seed", type=int, default=usual.seed)
@@ -329,44 +371,67 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> int:
     """Train as the options say, print the accuracies; 0, or 2 for options that do not fit."""
+    try:
+        return _run(given)
+    except (ValueError, RuntimeError, OSError, ImportError, FloatingPointError, AssertionError) as error:
+        print(f"fastcam: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(given: argparse.Namespace) -> int:
     if given.threads:
         torch.set_num_threads(given.threads)
-    try:
-        small = given.data == "testbed"
-        side = given.size if given.size <= 64 else round(given.size * 8 / 7)  # 256 for views of 224
-        names = [str(digit) for digit in range(10)]
-        images: Images
-        if small:
-            images, _ = digits(given.images, size=given.size, seed=given.seed)
-        else:
-            images, names = image_folder(
-                given.data, resize=given.size if given.size <= 64 else round(given.size * 8 / 7)
-            )
-        recipe = Recipe(
-            epochs=given.epochs,
-            batch=given.batch,
-            rate=given.rate,
-            drops=tuple(int(each) for each in given.drops.split(",") if each),
-            decay=given.decay,
-            size=given.size,
-            augment=given.augment or ("crop" if small else "crop+flip"),
-            validation=given.validation,
-            seed=given.seed,
-        )
-        torch.manual_seed(given.seed)
-        model = lfi_cam_of(given.network, len(names), given.size, branch=not given.plain).to(given.device)
-        report = train(model, images, recipe, given.out, resume=given.resume, workers=given.workers, note=print)
-    except (ValueError, FileExistsError) as error:
-        print(f"fastcam: {error}")
-        return 2
-    print(f"best epoch {report.best + 1}, held-out accuracy {report.validation[report.best]:.4f}")
+    small = given.data == "testbed"
+    side = given.size if given.size <= 64 else round(given.size * 8 / 7)  # 256 for views of 224
+    names = [str(digit) for digit in range(10)]
+    images: Images
+    if small:
+        images, _ = digits(given.images, size=given.size, seed=given.seed)
+    else:
+        images, names = image_folder(given.data, resize=side)
+    usual = Recipe() if given.size <= 64 else Recipe(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    recipe = Recipe(
+        epochs=given.epochs,
+        batch=given.batch,
+        rate=given.rate,
+        drops=tuple(int(each) for each in given.drops.split(",") if each),
+        decay=given.decay,
+        size=given.size,
+        augment=given.augment or ("crop" if small else "crop+flip"),
+        mean=_numbers(given.mean) or usual.mean,
+        std=_numbers(given.std) or usual.std,
+        validation=given.validation,
+        seed=given.seed,
+    )
+    torch.manual_seed(given.seed)
+    built = (given.network, len(names), given.size, not given.plain, given.stem)
+    model = lfi_cam_of(*built[:3], branch=built[3], stem=built[4]).to(given.device)
+    about = {"built": list(built), "classes": names, "data": given.data}
+    report = train(
+        model, images, recipe, given.out, resume=given.resume, workers=given.workers, note=print, about=about
+    )
+    held = f", held-out accuracy {report.validation[report.best]:.4f}" if recipe.validation else ""
+    print(f"best epoch {report.best + 1}{held}")
     tested: Images | None = digits(2000, split="test", size=given.size)[0] if small else None
     if given.test:
-        tested = image_folder(given.test, resize=side)[0]
+        tested = _renumbered(*image_folder(given.test, resize=side), names)
     if tested is not None:
         print(f"test accuracy {evaluate(model, tested, recipe):.4f} on {len(tested)} images")
     print(Path(given.out) / "best.pt")
     return 0
+
+
+def _numbers(text: str | None) -> tuple[float, ...]:
+    return tuple(float(each) for each in text.split(",")) if text else ()
+
+
+def _renumbered(images: ImageFolder, own: Sequence[str], names: Sequence[str]) -> ImageFolder:
+    """Images whose labels count the classes `names` rather than their folder's own."""
+    unknown = [name for name in own if name not in names]
+    if unknown:
+        raise ValueError(f"class '{unknown[0]}' of the test images is none of the training images'")
+    places = torch.tensor([list(names).index(name) for name in own])
+    return replace(images, labels=places[images.labels])
 
 
 def main(given: Sequence[str] | None = None) -> int:

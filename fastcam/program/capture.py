@@ -51,6 +51,7 @@ class Program:
     storage    for each value the index of the first value that may share memory with it
     found      layers looked up so far (filled by `fastcam.program.layers`)
     cuts       cuts made so far, by feature index and folding (filled by `fastcam.program.cut`)
+    embedding  the same network without a final normalisation (filled by `fastcam.program.embedding`)
     """
 
     nodes: tuple[Node, ...]
@@ -63,6 +64,7 @@ class Program:
     storage: tuple[int, ...]
     found: dict[tuple[Any, int, bool], tuple[int, str]] = field(default_factory=dict)
     cuts: dict[tuple[int, bool], Any] = field(default_factory=dict)
+    embedding: Any = None
 
     def result(self, values: dict[int, Any]) -> Any:
         """The model's output, in the structure the model returns it, from the computed values."""

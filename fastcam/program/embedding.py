@@ -1,79 +1,126 @@
-"""Networks that end in an L2 normalisation, seen without it: similarity methods take norms for constants."""
+"""Networks that end in an L2 normalisation, seen without it: similarity methods take norms for constants.
+
+Where an embedding comes from is read off the graph, loosely: whatever the output is a rearrangement, multiple or
+quotient of. What of it is the embedding before a normalisation is then decided by numbers: on random images the outputs
+all have one length, and point where it points.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import weakref
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from .capture import Program
-from .nodes import Node, Ref, op_name
+from .execute import Schedule
+from .nodes import LEAVES, Node, Ref, op_name
+from .state import neutral_modes
 
-__all__ = ["unnormalised"]
+__all__ = ["Unnormalised", "unnormalised"]
 
-_known: weakref.WeakKeyDictionary[Program, Program] = weakref.WeakKeyDictionary()
-
-#: What may stand between the sum of squares and the division.
-_OF_A_NORM = frozenset({"expand", "expand_as", "clamp_min", "clamp", "add", "maximum", "sqrt", "rsqrt", "reciprocal"})
+_IMAGES = 4
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
 
 
-def unnormalised(program: Program) -> Program:
-    """The same program with the embedding before a final x / |x| (`functional.normalize`, or spelt out) as its output;
-    the program itself where it ends otherwise."""
-    if program not in _known:
-        raw = _before_normalisation(program)
-        _known[program] = program if raw is None else _ending_at(program, raw)
-    return _known[program]
+@dataclasses.dataclass(frozen=True)
+class Unnormalised:
+    """A network without its final normalisation.
+
+    program  ends in the embedding (B, D) before it; the network itself where it has none
+    length   of its embeddings, all alike; None where it does not normalise
+    """
+
+    program: Program
+    length: float | None = None
+
+
+def unnormalised(program: Program, leaves: Mapping[int, Tensor]) -> Unnormalised:
+    """`program`, whose leaves have these values, without a final normalisation of its rows to one length.
+
+    Raises RuntimeError where the rows have one length, but no value before it points in their direction.
+    Cost: a forward pass of four random images.
+    """
+    if program.embedding is None:
+        program.embedding = _decide(program, leaves)
+    return program.embedding or Unnormalised(program)
+
+
+def _decide(program: Program, leaves: Mapping[int, Tensor]) -> Unnormalised | None:
+    """None where the weights of the moment cannot tell."""
+    outputs = program.outputs
+    last = program.nodes[outputs[0].index] if len(outputs) == 1 and isinstance(outputs[0], Ref) else None
+    if last is None or last.shape is None or len(last.shape) != 2 or (last.shape[1] or 0) < 2:
+        return Unnormalised(program)
+    sources = _sources(program, last)
+    values = _values(program, leaves, {last.index, *sources})
+    rows = values[last.index].double()
+    lengths = rows.norm(dim=1)
+    within = _TOLERANCE.get(last.dtype or torch.float32, 2e-2)
+    length = float(lengths.mean())
+    if length == 0 or bool((rows - rows[:1]).abs().max() <= within * length):
+        return None
+    if not bool(((lengths - length).abs() <= within * length).all()):
+        return Unnormalised(program)
+    units = rows / lengths.unsqueeze(1)
+    for index in sorted(sources):  # the earliest one: a network may normalise twice
+        raw = values[index].double().flatten(1)
+        sizes = raw.norm(dim=1)
+        alike = ((raw / sizes.unsqueeze(1).clamp(min=1e-300) - units).abs().amax(1) <= within).all()
+        if bool(alike) and not bool(((sizes - sizes.mean()).abs() <= within * sizes.mean()).all()):
+            return Unnormalised(_ending_at(program, index), length)
+    raise RuntimeError(
+        f"this network's embeddings all have length {length:.4g}, and what comes before their normalisation cannot be "
+        "told from its graph; return the embedding before it is normalised, or pass embedding='avg'"
+    )
+
+
+def _sources(program: Program, last: Node) -> set[int]:
+    """Values with as many numbers an image as the output that it is rearranged, multiplied or divided from."""
+    size, found, seen, stack = last.shape[1] if last.shape else None, set(), set(), [last.index]
+    while stack:
+        node = program.nodes[stack.pop()]
+        if node.index in seen or node.kind in LEAVES or node.index == program.input:
+            continue
+        seen.add(node.index)
+        shape = node.shape or ()
+        rows = node.index != last.index and shape[:1] == (None,) and None not in shape[1:]
+        if rows and math.prod(each or 0 for each in shape[1:]) == size:
+            found.add(node.index)
+        if node.kind in ("reshape", "mul") or op_name(node.target) in ("clone", "contiguous", "_to_copy", "to"):
+            stack.extend(node.refs())
+    return found
+
+
+def _values(program: Program, leaves: Mapping[int, Tensor], wanted: set[int]) -> dict[int, Any]:
+    """Values computed from random images."""
+    node = program.nodes[program.input]
+    device = next((leaf.device for leaf in leaves.values()), torch.device("cpu"))
+    drawn = torch.randn(
+        (_IMAGES, *(size or 1 for size in (node.shape or ())[1:])), generator=torch.Generator().manual_seed(0)
+    )
+    dtype = next((leaf.dtype for leaf in leaves.values() if leaf.is_floating_point()), node.dtype)
+    values: dict[int, Any] = dict(leaves)
+    values[program.input] = drawn.to(device=device, dtype=dtype)
+    with neutral_modes():
+        Schedule(program, program.ancestors(frozenset(wanted)), frozenset(wanted), in_place=False).run(values)
+    return values
 
 
 def _ending_at(program: Program, index: int) -> Program:
-    return dataclasses.replace(program, outputs=(Ref(index),), found={}, cuts={})
-
-
-def _before_normalisation(program: Program) -> int | None:
-    if len(program.outputs) != 1 or not isinstance(program.outputs[0], Ref):
-        return None
-    last = program.nodes[program.outputs[0].index]
-    if last.kind != "mul" or len(last.args) != 2 or not all(isinstance(arg, Ref) for arg in last.args):
-        return None
-    first, second = (program.nodes[arg.index] for arg in last.args)
-    pairs = [(first, second)] if op_name(last.target) == "div" else [(first, second), (second, first)]
-    for vector, norm in pairs:
-        if vector.shape == last.shape and _is_norm_of(program, norm, vector):
-            return vector.index
-    return None
-
-
-def _is_norm_of(program: Program, node: Node, vector: Node) -> bool:
-    """Whether a value is the Euclidean norm of the rows of `vector`, or its inverse, maybe with a guard against 0."""
-    while op_name(node.target) in _OF_A_NORM or _is_root(node):
-        source = node.args[0]
-        if not isinstance(source, Ref):
-            return False
-        node = program.nodes[source.index]
-    name, rank = op_name(node.target), len(vector.shape or ())
-    if name == "linalg_vector_norm":
-        order, dims = (*node.args, 2.0, None)[1:3]
-        return node.args[0] == Ref(vector.index) and order in (2, 2.0) and _last_alone(dims, rank)
-    if name == "norm":
-        order, dims = (*node.args, None, None)[1:3]
-        return node.args[0] == Ref(vector.index) and order in (2, 2.0) and _last_alone(dims, rank)
-    if name != "sum" or not _last_alone(node.args[1] if len(node.args) > 1 else None, rank):
-        return False
-    assert isinstance(node.args[0], Ref)
-    square = program.nodes[node.args[0].index]
-    own = Ref(vector.index)
-    if op_name(square.target) == "mul":
-        return tuple(square.args) == (own, own)
-    return (op_name(square.target) == "square" and square.args[0] == own) or _is_power(square, (2, 2.0), own)
-
-
-def _is_root(node: Node) -> bool:
-    return op_name(node.target) == "pow" and len(node.args) == 2 and node.args[1] in (0.5, -0.5)
-
-
-def _is_power(node: Node, exponents: tuple[float, ...], own: Ref) -> bool:
-    return op_name(node.target) == "pow" and node.args[0] == own and node.args[1] in exponents
-
-
-def _last_alone(dims: object, rank: int) -> bool:
-    return isinstance(dims, (list, tuple)) and [dim % rank for dim in dims] == [rank - 1]
+    """The program with value `index`, as (B, D), for its output."""
+    node, nodes, storage = program.nodes[index], program.nodes, program.storage
+    if len(node.shape or ()) != 2:
+        size = math.prod(each or 0 for each in (node.shape or ())[1:])
+        target = torch.ops.aten.flatten.using_ints
+        flat = dataclasses.replace(
+            node, index=len(nodes), name="embedding", kind="reshape", target=target, args=(Ref(index), 1), kwargs={},
+            shape=(None, size),
+        )  # fmt: skip
+        nodes, storage, index = (*nodes, flat), (*storage, storage[index]), flat.index
+    return dataclasses.replace(
+        program, nodes=nodes, storage=storage, outputs=(Ref(index),), found={}, cuts={}, embedding=None
+    )

@@ -76,7 +76,7 @@ def fold_norms(program: Program, feature: int) -> Program:
         nodes[norm.index] = dataclasses.replace(
             source, index=norm.index, args=args, kwargs=_without_bias(source.kwargs)
         )
-    return dataclasses.replace(program, nodes=tuple(nodes), storage=tuple(storage), found={}, cuts={})
+    return dataclasses.replace(program, nodes=tuple(nodes), storage=tuple(storage), found={}, cuts={}, embedding=None)
 
 
 _EMPTY = Node(0, "", "folded", None, (), {}, "", "", None, None)

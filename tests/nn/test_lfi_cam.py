@@ -349,6 +349,16 @@ def test_the_method_wants_such_a_network():
         fastcam.attribute(plain, torch.randn(2, 3, 9, 9), "lfi_cam")
 
 
+@pytest.mark.parametrize("method", ["lfi_cam", "grad_cam", "lift_cam"])
+@pytest.mark.parametrize("precision", ["fp64", "bf16"])
+def test_other_precisions(method, precision):
+    model, images = small(dtype=torch.float32).eval(), pictures(dtype=torch.float32)
+    plain = fastcam.attribute(model, images, method, targets=1, relu=False)
+    other = fastcam.Explainer(model, method, precision=precision, relu=False)(images, 1)
+    likeness = functional.cosine_similarity(plain.maps.flatten(1), other.maps.flatten(1).float())
+    assert likeness.min() > (0.95 if precision == "bf16" else 0.9999)
+
+
 # ---- backbones ----
 
 
@@ -424,6 +434,46 @@ def test_features_of_a_named_layer_train():
         features_of(model, "bodi")
     with pytest.raises(ValueError, match="pass images="):
         features_of(model)
+
+
+class Noisy(nn.Module):
+    def forward(self, x):
+        return functional.dropout(x, 0.5, self.training)
+
+
+def test_what_differs_in_training_stays_so():
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 5, 3), Noisy(), nn.Dropout(0.5), nn.Conv2d(5, 7, 3))
+    model = nn.Sequential(body, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    images = torch.randn(2, 3, 12, 12)
+    for training in (True, False):
+        features = features_of(model.train(training), "0.3")
+        assert features.training == training
+        features.eval()
+        assert torch.equal(features(images), features(images))
+        features.train()
+        assert not torch.equal(features(images), features(images))
+
+    class Root(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 5, 3)
+
+        def forward(self, x):
+            return self.conv(functional.dropout(x, 0.5, self.training)).mean((2, 3))
+
+    with pytest.raises(ValueError, match="differs between training and evaluation"):
+        features_of(Root(), "conv")
+
+
+def test_initialisation_of_the_importance_network():
+    torch.manual_seed(0)
+    fin = FeatureImportanceNetwork(64)
+    for layer in fin.layers:
+        if isinstance(layer, nn.Conv2d):
+            assert float(layer.weight.std()) == pytest.approx(math.sqrt(2 / (9 * 64)), rel=0.02)
+    assert float(FeatureImportanceNetwork(64, init="default").layers[0].weight.std()) < 0.03
+    assert sum(isinstance(layer, nn.ReLU) for layer in LFICAM(resnet(8), 2, image_size=(3, 128, 128)).fin.layers) == 4
 
 
 # ---- bad input ----

@@ -16,7 +16,7 @@ from torch import nn
 from fastcam import cli
 from fastcam.nn import LFICAM
 from fastcam.nn.data import Stored, augmented, image_folder
-from fastcam.nn.train import Recipe, evaluate, lfi_cam_of, train
+from fastcam.nn.train import Recipe, evaluate, lfi_cam_of, load, train
 
 PIL = pytest.importorskip("PIL.Image")
 
@@ -114,7 +114,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path):
     last = run(tmp_path / "killed")
     text, _ = last.communicate(timeout=240)
     assert last.returncode == 0, text
-    one, other = (torch.load(tmp_path / name / "best.pt", weights_only=True) for name in ("whole", "killed"))
+    one, other = (load(tmp_path / name / "best.pt")[0].state_dict() for name in ("whole", "killed"))
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
@@ -157,6 +157,17 @@ def test_bad_data(tmp_path):
     broken.images[:] = float("nan")
     with pytest.raises(FloatingPointError, match="not finite in epoch 1"):
         train(small(), broken, RECIPE)
+
+
+def test_other_images_are_refused(tmp_path):
+    train(small(), stripes(), RECIPE, tmp_path)
+    with pytest.raises(ValueError, match="other images: images was 96, is 64"):
+        train(small(), stripes(64), RECIPE, tmp_path, resume=True)
+    moved = Stored(stripes().images, stripes().labels.flip(0))
+    with pytest.raises(ValueError, match="other images: labels was"):
+        train(small(), moved, RECIPE, tmp_path, resume=True)
+    with pytest.raises(ValueError, match="another network"):
+        train(LFICAM(nn.Conv2d(3, 4, 3), 3), stripes(), RECIPE, tmp_path, resume=True)
 
 
 # ---- images ----
@@ -216,12 +227,47 @@ def test_command_on_a_folder(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "epoch 1 of 1: loss" in text
     assert "on 24 images" in text
-    assert torch.load(tmp_path / "run" / "best.pt", weights_only=True)
+    model, facts = load(tmp_path / "run" / "best.pt")
+    assert facts["identity"]["classes"] == ["ash", "beech"]
+    assert model(torch.zeros(1, 3, 16, 16)).logits.shape == (1, 2)
     assert cli.main(words) == 2
-    assert "--resume" in capsys.readouterr().out
-    assert cli.main([*words[:2], str(tmp_path / "nothing"), *words[3:]]) == 2
-    assert cli.main([*words[:-3], str(tmp_path / "other"), "--network", "vgg"]) == 2
-    assert "unknown network 'vgg'" in capsys.readouterr().out
+    assert "--resume" in capsys.readouterr().err
+    assert cli.main([*words, "--resume"]) == 0
+    assert cli.main([*words, "--resume", "--plain"]) == 2
+    assert "another network or other images: built was" in capsys.readouterr().err
+    fresh = [*words, "--out", str(tmp_path / "other")]
+    for more, message in (
+        (["--network", "vgg"], "unknown network 'vgg'"),
+        (["--data", str(tmp_path / "nothing")], "holds no folders"),
+        (["--epochs", "0"], "epochs must be at least 1"),
+        (["--batch", "0"], "batch must be at least 1"),
+        (["--validation", "1.5"], "validation must lie in"),
+        (["--rate", "1e20"], "not finite in epoch"),
+        (["--device", "nowhere"], "nowhere"),
+    ):
+        assert cli.main([*fresh, *more]) == 2
+        assert message in capsys.readouterr().err
+    (tmp_path / "run" / "last.pt").write_bytes(b"half a file")
+    assert cli.main([*words, "--resume"]) == 2
+
+
+def test_test_images_are_numbered_by_class_names(tmp_path, capsys):
+    """Training has classes a, b, c; the test images of b and c alone must not be taken for a and b."""
+    for part, names in (("train", "abc"), ("test", "bc"), ("odd", "xy")):
+        for name in names:
+            for number in range(12):
+                path = tmp_path / part / name / f"{number}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                level = {"a": 0, "b": 120, "c": 250}.get(name, 0)
+                PIL.new("RGB", (16, 16), (level, 255 - level, 0)).save(path)
+    words = ["train-lficam", "--data", str(tmp_path / "train"), "--network", "resnet8", "--size", "16", "--batch", "8"]
+    words += ["--epochs", "8", "--drops", "7", "--validation", "0", "--out", str(tmp_path / "run")]
+    assert cli.main([*words, "--test", str(tmp_path / "test")]) == 0
+    text = capsys.readouterr().out
+    assert float(text.split("test accuracy ")[1].split()[0]) >= 0.9
+    assert "held-out" not in text
+    assert cli.main([*words, "--resume", "--test", str(tmp_path / "odd")]) == 2
+    assert "class 'x' of the test images" in capsys.readouterr().err
 
 
 def test_networks_by_name():

@@ -24,6 +24,7 @@ from fastcam.testbed.train import (
     accuracy,
     main,
     predict,
+    retrieval,
     train,
 )
 
@@ -167,3 +168,26 @@ def test_the_script_writes_weights_that_load(tmp_path, capsys, one_thread):
     assert set(state) == set(expected) == set(load("tiny_vgg").state_dict())
     for key, value in state.items():
         assert torch.equal(value, expected[key]), key  # one thread, one machine: the same seed gives the same bits
+
+
+def test_the_embedding_network_retrieves_as_stated():
+    facts = metadata("tiny_embed")
+    scenes = make_scenes(600, split="test", seed=TEST_SEED, region="strokes")
+    model = load("tiny_embed")
+    embeddings = predict(model, scenes.images)
+    assert embeddings.shape == (600, 80)
+    reached = retrieval(embeddings, scenes.labels)
+    assert reached.recall1 == pytest.approx(float(facts["recall1"]), abs=0.01)
+    assert reached.mean_ap == pytest.approx(float(facts["mean_ap"]), abs=0.02)
+    assert reached.chance == pytest.approx(17 / 45, abs=0.03)  # two of ten digits, and two again: 1 - 28 / 45
+    untrained = retrieval(predict(build("tiny_embed").eval(), scenes.images[:200]), scenes.labels[:200])
+    assert untrained.mean_ap < 0.5
+    assert (WEIGHTS / "tiny_embed.safetensors").stat().st_size <= 2_000_000
+
+
+def test_retrieval_by_hand():
+    embeddings = torch.tensor([[1.0, 0], [1, 0.1], [0, 1], [-1, 0]])
+    labels = torch.tensor([[0, 1], [1, 2], [3, 4], [3, 0]])
+    found = retrieval(embeddings, labels)
+    assert found.recall1 == 0.75  # 0 and 1 find one another, 3 finds 2, with which it has a 3; 2 finds 1
+    assert found.chance == pytest.approx(6 / 12)  # 0-1, 0-3, 2-3
