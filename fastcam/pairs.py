@@ -204,19 +204,21 @@ class PairExplainer(Network):
             chosen = chosen.bool()
             return self._among(left, right, rows, chosen, {})
 
-    def neighbours(self, images: Side, gallery: Gallery, *, k: int = 20, temperature: float = 0.07) -> PairAttribution:
+    def neighbours(
+        self, images: Side, gallery: Gallery, *, k_neighbors: int = 20, temperature: float = 0.07
+    ) -> PairAttribution:
         """Each image against its nearest neighbours of the class they vote for.
 
-        Of the `k` nearest by cosine, each votes for its label with weight exp(cos / temperature); the neighbours of
-        the winning class are the set of `against`. `extra` has "neighbours" (B, k) rows of the gallery, nearest first,
-        "chosen" (B, k), and "predicted" (B,).
+        Each of the `k_neighbors` nearest by cosine votes for its label with weight exp(cos / temperature); those of the
+        winning class are the set of `against`. `extra` has "neighbours" (B, k_neighbors) rows of the gallery, nearest
+        first, "chosen" (B, k_neighbors), and "predicted" (B,).
 
         A smaller gallery gives all it has. Raises ValueError for a gallery without labels, or without images.
         """
         if not isinstance(gallery, Gallery) or gallery.labels is None:
             raise ValueError("neighbours vote by their labels; make the gallery with labels=")
-        if not k >= 1:
-            raise ValueError(f"k must be at least 1; got {k}")
+        if isinstance(k_neighbors, bool) or not isinstance(k_neighbors, int) or k_neighbors < 1:
+            raise ValueError(f"k_neighbors must be an integer from 1 on; got {k_neighbors!r}")
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive; got {temperature}")
         with neutral_modes():
@@ -225,7 +227,7 @@ class PairExplainer(Network):
                 raise ValueError("the gallery is empty")
             wide = accumulation_dtype(left.embeddings.dtype)
             units = [nn.functional.normalize(one.embeddings.to(wide), eps=1e-12) for one in (left, right)]
-            nearest = (units[0] @ units[1].T).topk(min(k, len(right)), dim=1)
+            nearest = (units[0] @ units[1].T).topk(min(k_neighbors, len(right)), dim=1)
             labels = gallery.labels.to(nearest.indices.device)[nearest.indices]
             # Votes relative to the nearest neighbour's: exp(1 / temperature) overflows for small temperatures.
             votes = ((nearest.values - nearest.values[:, :1]) / temperature).exp()
@@ -394,6 +396,10 @@ class PairExplainer(Network):
             power = options.gem_power - 1
             factor = features.pow(power).mean(2) / side.embeddings.to(weights.dtype).pow(power)
             return weights * (factor if rows is None else factor[rows])
+
+        def summed(gradients: Tensor) -> Tensor:
+            return _summed(self._reshaped(gradients), weights.dtype)
+
         if side.passed is not None:
             if rows is not None and not torch.equal(rows, torch.arange(len(side), device=rows.device)):
                 raise ValueError(_ONE_FOR_ONE.format(layer=side.session.layer))
@@ -405,8 +411,8 @@ class PairExplainer(Network):
             return weights.new_zeros((0, self._reshaped(side.features).shape[1]))
         else:
             rows = torch.arange(len(side), device=weights.device) if rows is None else rows
-            found = side.session.pull_back(side.features, weights, rows)
-        return _summed(self._reshaped(found), weights.dtype)
+            return side.session.pull_back(side.features, weights, rows, summed)
+        return summed(found)
 
     # ---- pairs ----
 

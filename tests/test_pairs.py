@@ -237,7 +237,7 @@ def test_neighbours_vote():
     labels = torch.tensor([0, 1, 2] * 3)
     explainer = fastcam.PairExplainer(model)
     gallery = explainer.gallery(b, labels)
-    result = explainer.neighbours(a, gallery, k=5, temperature=0.2)
+    result = explainer.neighbours(a, gallery, k_neighbors=5, temperature=0.2)
     u, m = (functional.normalize(model(x)).detach() for x in (a, b))
     for i in range(4):
         cos = m @ u[i]
@@ -254,8 +254,8 @@ def test_neighbours_vote():
             assert bool(shown.any()) == (j in chosen)
     with pytest.raises(ValueError, match="labels="):
         explainer.neighbours(a, explainer.gallery(b))
-    with pytest.raises(ValueError, match="k must be"):
-        explainer.neighbours(a, gallery, k=0)
+    with pytest.raises(ValueError, match="k_neighbors must be"):
+        explainer.neighbours(a, gallery, k_neighbors=0)
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 from typing import Literal
 
@@ -46,10 +47,14 @@ def map_stability(maps: Tensor, *, threshold: float = 100 / 255, mode: Mode = "c
 
     Returns the mean over pairs of each pair's mean over images; its standard deviation over pairs; and how many
     (pair, image) had no place over the threshold in either map and were left out.
-    Raises ValueError for fewer than two models.
+    Raises ValueError for fewer than two models, or for NaN.
     """
     if maps.ndim != 4 or len(maps) < 2:
         raise ValueError(f"maps must be (M, N, H, W) of at least two models; got {tuple(maps.shape)}")
+    if bool(maps.isnan().any()):
+        raise ValueError("maps must be numbers; some are NaN")
     found = torch.stack([map_iou(a, b, threshold=threshold, mode=mode) for a, b in combinations(maps, 2)])
     means = found.nanmean(1)
-    return float(means.mean()), float(means.std(correction=0)), int(found.isnan().sum())
+    means = means[means.isfinite()]  # a pair of models without a single image to compare says nothing
+    spread = float(means.std(correction=0)) if len(means) else math.nan
+    return float(means.mean()), spread, int(found.isnan().sum())

@@ -143,12 +143,13 @@ def without_classifier(
     if stem not in ("stride1", "keep"):
         raise ValueError(f"stem must be 'stride1' or 'keep'; got {stem!r}")
     layer_names(model, layer)
-    conv = getattr(model, "conv1", None)
-    last = getattr(model, "layer4", None)
-    if not isinstance(conv, nn.Conv2d) or not isinstance(last, nn.Module):
+    first, last = getattr(model, "conv1", None), getattr(model, "layer4", None)
+    # Deep stems are several convolutions, of which the first one strides.
+    convs = [m for m in first.modules() if isinstance(m, nn.Conv2d)] if isinstance(first, nn.Module) else []
+    if not convs or not isinstance(last, nn.Module):
         raise ValueError(f"{type(model).__name__} is no ResNet with conv1 and layer4; use fastcam.nn.features_of")
     if stem == "stride1":
-        conv.stride = (1, 1)
+        convs[0].stride = (1, 1)
     else:
         for module in last.modules():
             if isinstance(module, nn.Conv2d):

@@ -175,10 +175,11 @@ class CapturedSession(Session):
             self, features, detached(output), entering, graph=Graph(leaf, scored, self.layer), walked=walked
         )
 
-    def pull_back(self, features: Tensor, slopes: Tensor, rows: Tensor) -> Tensor:
-        """d <slopes, output> / d features of images `rows` (R,) of `features` (N, K, *spatial): (R, K, *spatial).
+    def pull_back(self, features: Tensor, slopes: Tensor, rows: Tensor, made_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """What is made of d <slopes, output> / d features, for images `rows` (R,) of `features` (N, K, *spatial).
 
-        slopes  (R, D), for an output (N, D). Closed form where the head is; else it runs again, a few images at a time.
+        slopes   (R, D), for an output (N, D). Closed form where the head is; else it runs again, a few images at a time
+        made_of  gradients (r, K, *spatial) of some of them -> r rows of the result
 
         Raises ValueError where what follows the layer reads the images by another way too.
         """
@@ -190,13 +191,14 @@ class CapturedSession(Session):
         with neutral_modes():
             affine = self._affine(features, by_index=False)
             if affine is not None:
-                return affine.from_scores(slopes, self.leaves, features)
-            found = [features.new_zeros((0, *features.shape[1:]))]
+                return made_of(affine.from_scores(slopes, self.leaves, features))
+            found = [made_of(features.new_zeros((0, *features.shape[1:])))]
             for part, slope in zip(rows.split(_ROWS), slopes.split(_ROWS), strict=True):
                 with torch.enable_grad():
                     leaf = features[part].detach().requires_grad_()
                     score = (self.cut.run_probe(leaf, self.leaves) * slope).sum()
-                    found += torch.autograd.grad(score, leaf)
+                    (gradient,) = torch.autograd.grad(score, leaf)
+                found.append(made_of(gradient))
             return torch.cat(found)
 
     def _for_relevance(self, images: Tensor, needs: Backward) -> CapturedForward:

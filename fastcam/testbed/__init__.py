@@ -8,11 +8,12 @@
 Needs the extra `testbed` (scikit-learn, scikit-image, safetensors, pillow); importing does not load them.
 """
 
-from .models import EMBEDDERS, MEAN, MODELS, STD, build, load, metadata, normalize
+from .models import ATTENDERS, EMBEDDERS, MEAN, MODELS, STD, build, load, metadata, normalize
 from .pointing import pointing_accuracy, pointing_hits
 from .scenes import CloseUps, Scenes, close_ups, make_scenes
 
 __all__ = [
+    "ATTENDERS",
     "EMBEDDERS",
     "MEAN",
     "MODELS",

@@ -1,10 +1,11 @@
 """The testbed's networks, small enough to ship: which of ten digits are in a 96x96 scene (ten independent logits), and
-`tiny_embed`, which says how alike two scenes are.
+`tiny_embed`, which says how alike two scenes are; and `tiny_lfi`, an LFI-CAM network for 32x32 close-ups of one digit,
+trained by `benchmarks/faithfulness/bench_lfi_cam.py`.
 
-All take float images (N,3,S,S) that `normalize` has standardised (MEAN, STD below) and end in a 12x12 feature map for
-S = 96; the classifiers return logits (N,10). Between them they hold what attribution code trips over: batch norm,
-residual sums, a ReLU module used twice, functional and in-place ReLU, a head that is affine (tiny_resnet) and one that
-is not (tiny_vgg).
+The first three take float images (N,3,S,S) that `normalize` has standardised (MEAN, STD below) and end in a 12x12
+feature map for S = 96; the classifiers return logits (N,10). Between them they hold what attribution code trips over:
+batch norm, residual sums, a ReLU module used twice, functional and in-place ReLU, a head that is affine (tiny_resnet)
+and one that is not (tiny_vgg).
 """
 
 from __future__ import annotations
@@ -16,7 +17,21 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["EMBEDDERS", "MEAN", "MODELS", "STD", "TinyEmbed", "TinyResNet", "TinyVGG", "build", "load", "metadata"]
+from fastcam.nn import LFICAM, resnet
+
+__all__ = [
+    "ATTENDERS",
+    "EMBEDDERS",
+    "MEAN",
+    "MODELS",
+    "STD",
+    "TinyEmbed",
+    "TinyResNet",
+    "TinyVGG",
+    "build",
+    "load",
+    "metadata",
+]
 __all__ += ["normalize"]
 
 MEAN = (0.49, 0.38, 0.33)
@@ -108,11 +123,12 @@ class TinyEmbed(TinyResNet):
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"tiny_resnet": TinyResNet, "tiny_vgg": TinyVGG}
 EMBEDDERS: dict[str, Callable[[], nn.Module]] = {"tiny_embed": TinyEmbed}
+ATTENDERS: dict[str, Callable[[], nn.Module]] = {"tiny_lfi": lambda: LFICAM(resnet(8), 10, channels=64)}
 
 
 def build(name: str) -> nn.Module:
     """An untrained model in train mode, initialised from torch's current seed. ValueError for an unknown name."""
-    known = MODELS | EMBEDDERS
+    known = MODELS | EMBEDDERS | ATTENDERS
     if name not in known:
         close = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {close[0]!r}? " if close else ""

@@ -48,7 +48,7 @@ class Plain(nn.Module):
 def small(seed: int = 0, dtype: torch.dtype = torch.float64, **options) -> LFICAM:
     torch.manual_seed(seed)
     backbone = nn.Sequential(
-        nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, 2, 1), nn.ReLU()
+        nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 3, 2, 1), nn.ReLU()
     )
     return LFICAM(backbone, 4, **options).to(dtype)
 
@@ -81,7 +81,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-5)], ids=str)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=str)
 def test_equals_plain_pytorch_with_all_gradients(options, dtype, tolerance):
     """In train mode, batch norms included."""
     model = small(dtype=dtype, **options)

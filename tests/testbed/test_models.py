@@ -10,7 +10,8 @@ pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 pytest.importorskip("safetensors")
 
-from fastcam.testbed import MODELS, build, load, make_scenes, metadata, normalize
+from fastcam.nn.data import digits
+from fastcam.testbed import MODELS, build, load, make_scenes, metadata, normalize, pointing_accuracy
 from fastcam.testbed.models import MEAN, STD, WEIGHTS
 from fastcam.testbed.scenes import GENERATOR_VERSION
 from fastcam.testbed.train import (
@@ -191,3 +192,18 @@ def test_retrieval_by_hand():
     found = retrieval(embeddings, labels)
     assert found.recall1 == 0.75  # 0 and 1 find one another, 3 finds 2, with which it has a 3; 2 finds 1
     assert found.chance == pytest.approx(6 / 12)  # 0-1, 0-3, 2-3
+
+
+def test_the_self_explaining_network_reaches_what_it_states():
+    facts = metadata("tiny_lfi")
+    held, masks = digits(1000, split="test")
+    model = load("tiny_lfi")
+    with torch.inference_mode():
+        logits, attention, _ = model(normalize(held.images))
+    stated = float(facts["accuracy, lfi_cam"])
+    reached = float((logits.argmax(1) == held.labels).double().mean())
+    assert reached == pytest.approx(stated, abs=3 * (stated * (1 - stated) / 1000) ** 0.5)
+    maps = torch.nn.functional.interpolate(attention, (32, 32), mode="bilinear")[:, 0]
+    stated = float(facts["pointing, lfi_cam"])
+    assert pointing_accuracy(maps, masks) == pytest.approx(stated, abs=3 * (stated * (1 - stated) / 1000) ** 0.5)
+    assert (WEIGHTS / "tiny_lfi.safetensors").stat().st_size <= 2_000_000
