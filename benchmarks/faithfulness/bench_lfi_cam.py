@@ -201,7 +201,7 @@ def draw(path: Path, models: dict[str, nn.Module], cell: int = 96) -> None:
             colour = (255, 255, 255) if mask[peak] else (255, 0, 200)
             cells.append(render.ring(render.overlay(pixels, wide), *peak, colour=colour))
         groups.append(render.Group(render.to_pixels(pixels), "", [(str(int(held.labels[row])), cells)]))
-    note = "Held-out close-ups, networks of seed 0. Ring: the map's peak, white on the digit, magenta beside it."
+    note = "Held-out close-ups, networks of seed 0.\nRing: the map's peak, white on the digit, magenta beside it."
     print(render.panel(groups[:6], path, columns=list(maps), note=note, cell=cell))
 
 
