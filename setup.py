@@ -92,6 +92,7 @@ def extensions() -> list[Extension]:
     # -fopenmp at compile only: without it at::parallel_for is serial, with it at link a second OpenMP runtime loads.
     # -Wno-psabi: vector types cross only always_inline functions, which have no ABI.
     cxx = ["-O3", "-fopenmp", "-Wno-psabi", "-fvisibility=hidden", "-Wall"]
+    cxx += os.environ.get("FASTCAM_BUILD_FLAGS", "").split()
     flags = {"cxx": cxx}
     if cuda:
         sources += sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.cu"))

@@ -427,7 +427,9 @@ def pair_costs() -> list[str]:
             lines.append(f"| {name} | {row['multiple']:.3f} x | {'1.03 x' if name == 'pair, no head' else ''} |")
         elif row.get("speedup"):
             stored, whole = row["speedup"]["eager loop"], row["speedup"]["eager loop with features"]
-            lines.append(f"| {name} | {stored:.1f} x faster; {whole:.0f} x if the loop computes its features | 10 x faster |")
+            lines.append(
+                f"| {name} | {stored:.1f} x faster; {whole:.0f} x if the loop computes its features | 10 x faster |"
+            )
     return lines
 
 
@@ -456,7 +458,12 @@ def lfi_cam() -> str:
     for kind, (title, map_name) in kinds.items():
         size = rows[f"accuracy, {kind}"]["parameters"] if kind else None
         stable = f"stability, {map_name}"
-        cells = [f"{size:,}" if size else "", cell(f"accuracy, {kind}"), cell(stable), f"{rows[stable]['released']:.3f}"]
+        cells = [
+            f"{size:,}" if size else "",
+            cell(f"accuracy, {kind}"),
+            cell(stable),
+            f"{rows[stable]['released']:.3f}",
+        ]
         lines.append(f"| {title} | " + " | ".join(cells) + f" | {cell(f'pointing, {map_name}')} |")
     lines.append(f"| a random place | | | | | {rows['pointing, random']['mean']:.3f} |")
     gap = rows["stability, lfi_cam"]["mean"] - rows["stability, abn"]["mean"]
@@ -495,7 +502,7 @@ def attention_costs() -> list[str]:
             f"Inference, in multiples of backbone, importance convolutions and classifier without the attention (goal 1.02), {machine(meta)}. "
             f"[{Path(path).name}](../{path}), from `{meta['command']}`.",
             "",
-            "| network | `LFICAM` | plain PyTorch formulas | `Explainer(model, \"lfi_cam\")`, maps at image size |",
+            '| network | `LFICAM` | plain PyTorch formulas | `Explainer(model, "lfi_cam")`, maps at image size |',
             "| --- | ---: | ---: | ---: |",
         ]
         for name in dict.fromkeys(key.rsplit(", ", 1)[0] for key in rows):
