@@ -100,7 +100,7 @@ def gallery(options: Any) -> list[dict[str, Any]]:
     explainers = {7: fastcam.PairExplainer(model, size="layer"), SIDE: fastcam.PairExplainer(model)}
     query = explainers[7].gallery(image)
     features = torch.rand((GALLERY, 2048, 7, 7), generator=torch.Generator().manual_seed(2)).relu()
-    stored = fastcam.Gallery(features, features.mean((2, 3)), None, (3, SIDE, SIDE), query.layer, query.normalized)
+    stored = fastcam.Gallery(features, features.mean((2, 3)), None, (3, SIDE, SIDE), query.layer, query.length)
     with torch.inference_mode():
         forward = median(harness.alternate({"one": lambda: model(image)}, 5, warmup=2)["one"])
     rows = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -61,3 +63,20 @@ def test_errors():
         map_stability(torch.zeros(1, 2, 2, 2))
     with pytest.raises(ValueError, match="mode must be"):
         map_iou(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), mode="fast")
+
+
+def test_rooms_stand_below_the_package():
+    names = "fastcam.metrics.map_iou", "fastcam.render.panel", "fastcam.nn.LFICAM"
+    code = f"import fastcam; print({', '.join(f'{name}.__name__' for name in names)})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["map_iou", "panel", "LFICAM"], done.stderr
+
+
+def test_nan_and_pairs_without_images():
+    maps = torch.zeros(3, 2, 4, 4)
+    maps[0] = 1
+    mean, _, left_out = map_stability(maps)  # models 1 and 2 show nothing anywhere
+    assert mean == 0
+    assert left_out == 2
+    with pytest.raises(ValueError, match="NaN"):
+        map_stability(maps * torch.nan)
