@@ -38,14 +38,18 @@ def lfi_attend(features: Tensor, importance: Tensor, constant_map: str = "raw") 
     gradient likewise. The arguments and two maps are kept for it.
     Source: Lee et al. 2021 (LFI-CAM), its attention branch.
     """
+    _check(features, importance, constant_map)
+    if _checks.needs_grad(features, importance):
+        return _LfiAttend.apply(features, importance, constant_map)
+    attended, attention, _ = run("lfi_attend", features, importance, constant_map)
+    return attended, attention
+
+
+def _check(features: Tensor, importance: Tensor, constant_map: str) -> None:
     op = "lfi_attend"
     _checks.check_features(op, features)
     check_importance(op, importance, features)
     _checks.check_mode(op, constant_map, CONSTANT_MAPS, "constant_map")
-    if _checks.needs_grad(features, importance):
-        return _LfiAttend.apply(features, importance, constant_map)
-    attended, attention, _ = run(op, features, importance, constant_map)
-    return attended, attention
 
 
 def check_importance(op: str, importance: Tensor, features: Tensor) -> None:
@@ -76,6 +80,7 @@ class _LfiAttend(torch.autograd.Function):
 
 def _reference(features: Tensor, importance: Tensor, constant_map: str = "raw") -> tuple[Tensor, Tensor, Tensor]:
     _checks.refuse_grad("lfi_attend", features, importance)
+    _check(features, importance, constant_map)  # the formula alone would broadcast what kernels refuse
     return references.lfi_attend(features, importance, constant_map)
 
 

@@ -71,6 +71,8 @@ class _LfiMask(torch.autograd.Function):
 
 def _reference(features: Tensor, grey: Tensor) -> Tensor:
     _checks.refuse_grad("lfi_mask", features, grey)
+    _checks.check_features("lfi_mask", features)
+    check_grey("lfi_mask", grey, features)  # the formula alone would broadcast what kernels refuse
     return references.lfi_mask(features, grey)
 
 
