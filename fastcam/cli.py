@@ -29,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     demo = commands.add_parser("demo", help="run the methods on small real images: a table and a picture")
-    demo.add_argument("--images", type=_positive, default=128, metavar="N", help="held-out images (default: 128)")
+    demo.add_argument("--images", type=_positive, default=64, metavar="N", help="held-out images (default: 64)")
     demo.add_argument(
         "--out", default="fastcam-demo", metavar="DIR", help="folder of the picture (default: %(default)s)"
     )

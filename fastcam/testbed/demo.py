@@ -60,12 +60,12 @@ class Report:
 
 
 def run(
-    *, images: int = 128, out: str | Path = "fastcam-demo", model: str = "both", methods: Sequence[str] | None = None
+    *, images: int = 64, out: str | Path = "fastcam-demo", model: str = "both", methods: Sequence[str] | None = None
 ) -> Report:
     """Measures `methods` (by default all but ON_REQUEST) on held-out scenes, draws the picture into `out`.
 
     Errors: ValueError for an unknown model or method or fewer than one image; ImportError with the command that
-    installs what the testbed or the picture needs. Cost: on two cores about half a minute for the CAM family.
+    installs what the testbed or the picture needs. Cost: on two cores one to two minutes for all methods.
     """
     if images < 1:
         raise ValueError(f"images must be at least 1, got {images}")
@@ -168,7 +168,7 @@ def _cell(image: Tensor, attribution: Tensor, mask: Tensor) -> Tensor:
     return render.ring(pixels, row, column, colour=(255, 255, 255) if mask[row, column] else (255, 0, 200))
 
 
-def _alternate(plain: Callable[[], object], full: Callable[[], object], *, budget: float = 2.0) -> tuple[float, float]:
+def _alternate(plain: Callable[[], object], full: Callable[[], object], *, budget: float = 0.8) -> tuple[float, float]:
     """Median seconds of `full`, and median over rounds of full / plain, each round one call of both after a warm-up.
 
     At least 5 rounds, at most 25, about `budget` seconds.
