@@ -1,10 +1,10 @@
 // What the bindings of the lfi_* ops share, on every device: checks of maps and importances.
 #pragma once
 
-#include <ATen/ATen.h>
 
 #include <string_view>
 
+#include "aten.h"
 #include "ops.h"
 
 namespace fastcam {

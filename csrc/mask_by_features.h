@@ -51,7 +51,7 @@ inline Chunk check_mask_by_features(const at::Tensor& images, const at::Tensor& 
 // (count,C,H,W) in the layout that the op promises.
 inline at::Tensor empty_masked_images(const at::Tensor& images, const Chunk& chunk) {
   const auto format = is_channels_last(images) ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-  return at::empty({chunk.count, images.size(1), images.size(2), images.size(3)}, images.options(), format);
+  return fastcam::empty({chunk.count, images.size(1), images.size(2), images.size(3)}, images.options(), format);
 }
 
 }  // namespace fastcam

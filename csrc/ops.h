@@ -2,7 +2,7 @@
 // reading out of bounds. The friendly messages are in fastcam/ops/; these are the last line of defence.
 #pragma once
 
-#include <ATen/ATen.h>
+#include "aten.h"
 
 namespace fastcam {
 

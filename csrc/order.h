@@ -1,7 +1,7 @@
 // Elementwise ops read all tensors in the memory order of their result, as flat runs, on every device.
 #pragma once
 
-#include <ATen/ATen.h>
+#include "aten.h"
 
 namespace fastcam {
 
@@ -14,7 +14,7 @@ inline bool lies_as(const at::Tensor& x, at::IntArrayRef strides) {
 
 // x with the given strides, which are dense for its sizes; a copy only if it lies otherwise.
 inline at::Tensor with_strides(at::IntArrayRef strides, const at::Tensor& x) {
-  return lies_as(x, strides) ? x : at::empty_strided(x.sizes(), strides, x.options()).copy_(x);
+  return lies_as(x, strides) ? x : fastcam::empty_strided(x.sizes(), strides, x.options()).copy_(x);
 }
 
 // x in the order of `out`, which is dense and at least as large in every dimension.

@@ -1,11 +1,11 @@
 // What the bindings of the relevance_* ops share, on every device: checks and memory orders.
 #pragma once
 
-#include <ATen/ATen.h>
 #include <c10/util/strides.h>
 
 #include <vector>
 
+#include "aten.h"
 #include "ops.h"
 #include "order.h"
 

@@ -1,15 +1,14 @@
-// cam_map on CPUs: partition into tasks, the leaves of cam_map_reduce.h and cam_map_finish.h, registration.
+// cam_map on CPUs: partition into tasks, the leaves of cam_map_reduce.h and cam_map_finish.h.
 //
 // Partition: a task is (image, slice of channels, block of positions); it writes its own part of a buffer of partial sums
 // (or the raw maps themselves if there is one slice), so there are no atomics. Slices and blocks depend on K, H, W and T only,
 // never on the batch or the thread count: equal images give equal bits in any batch and on any number of threads.
-#include <ATen/ATen.h>
 #include <ATen/Dispatch.h>
-#include <torch/library.h>
 
 #include <memory>
 #include <vector>
 
+#include "aten.h"
 #include "cpu/cam_map_finish.h"
 #include "cpu/cam_map_reduce.h"
 #include "cpu/layout.h"
@@ -144,7 +143,7 @@ void compute(const Problem& x, const Options& options, Tensor& maps, Tensor& raw
   using A = Accumulate<S>;
   const Partition part = partition(x);
   Tensor sums = raw;
-  if (part.slices > 1) sums = at::empty({part.slices, x.batch * x.targets * x.positions()}, raw.options());
+  if (part.slices > 1) sums = fastcam::empty({part.slices, x.batch * x.targets * x.positions()}, raw.options());
   Computation<S>{x, options, part, sums.mutable_data_ptr<A>(), raw.mutable_data_ptr<A>(), maps.mutable_data_ptr<A>(),
                  finite.mutable_data_ptr<bool>(), {x.height, options.height}, {x.width, options.width}}
       .execute();
@@ -154,6 +153,8 @@ Images coefficients(const Tensor& weights, at::ScalarType acc) {
   const Tensor dense = weights.to(acc).contiguous();
   return {dense, dense.stride(0), dense.dim() == 3 ? dense.stride(1) : 0, 0};
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> cam_map(const Tensor& features, const Tensor& weights,
                                            const std::optional<Tensor>& reference, bool relu, bool normalize,
@@ -187,7 +188,7 @@ std::tuple<Tensor, Tensor, Tensor> cam_map(const Tensor& features, const Tensor&
   const auto acc = accumulation_dtype(features.scalar_type());
   std::vector<int64_t> shape = {x.batch};
   if (has_targets) shape.push_back(x.targets);
-  Tensor finite = at::empty(shape, features.options().dtype(at::kBool));
+  Tensor finite = fastcam::empty(shape, features.options().dtype(at::kBool));
   shape.insert(shape.end(), {x.height, x.width});
   Tensor raw = empty_result(shape, acc);
   *(shape.end() - 2) = options.height, shape.back() = options.width;
@@ -211,9 +212,5 @@ std::tuple<Tensor, Tensor, Tensor> cam_map(const Tensor& features, const Tensor&
   }
   return {maps, raw, finite};
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CPU, m) { m.impl("cam_map.with_raw", cam_map); }
 
 }  // namespace fastcam::cpu

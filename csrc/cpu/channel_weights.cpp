@@ -1,10 +1,9 @@
-// channel_weights on CPUs: partition into tasks, the leaves of channel_weights_reduce.h, registration.
+// channel_weights on CPUs: partition into tasks, the leaves of channel_weights_reduce.h.
 //
 // A task is (image, block of channels); each channel is reduced whole by one task and in one order, so results depend
 // neither on the batch nor on the thread count.
-#include <ATen/ATen.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cpu/channel_weights_reduce.h"
 #include "cpu/layout.h"
 #include "ops.h"
@@ -26,7 +25,7 @@ void compute_images(const Problem& x, Tensor& out) {
   // Whole images are whole memory streams; channels are divided only where images are fewer than threads, into tasks of
   // at least 32768 elements. Each channel's sum is the same wherever the cut is.
   const int64_t pieces = std::max<int64_t>(1, (at::get_num_threads() + x.batch - 1) / x.batch);
-  const int64_t least = at::internal::GRAIN_SIZE / work;
+  const int64_t least = kGrain / work;
   const int64_t block = (std::max((x.channels + pieces - 1) / pieces, least) + 127) / 128 * 128;
   const int64_t blocks = (x.channels + block - 1) / block;
   auto* result = out.mutable_data_ptr<Accumulate<S>>();
@@ -71,6 +70,8 @@ Mode parse(std::string_view mode) {
   return Mode::kGradCamPP;
 }
 
+}  // namespace
+
 Tensor channel_weights(const Tensor& features, const Tensor& multipliers, const std::optional<Tensor>& reference,
                        std::string_view mode_name) {
   const char* op = "channel_weights";
@@ -82,7 +83,7 @@ Tensor channel_weights(const Tensor& features, const Tensor& multipliers, const 
   check_reference(op, ref, features);
   const Mode mode = parse(mode_name);
   const auto acc = accumulation_dtype(features.scalar_type());
-  Tensor out = at::empty(multipliers.sizes().slice(0, multipliers.dim() - 2), features.options().dtype(acc));
+  Tensor out = fastcam::empty(multipliers.sizes().slice(0, multipliers.dim() - 2), features.options().dtype(acc));
   if (out.numel() == 0) return out;
 
   Problem x;
@@ -105,9 +106,5 @@ Tensor channel_weights(const Tensor& features, const Tensor& multipliers, const 
   }
   return out;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CPU, m) { m.impl("channel_weights", channel_weights); }
 
 }  // namespace fastcam::cpu

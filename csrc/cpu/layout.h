@@ -2,7 +2,7 @@
 // without a copy where rows are dense, whatever the outer strides are.
 #pragma once
 
-#include <ATen/ATen.h>
+#include "aten.h"
 #include <ATen/Parallel.h>
 
 #if defined(__linux__)
@@ -78,7 +78,7 @@ inline void advise_huge_pages(const void* fresh, size_t size) {
 
 // Tasks a thread must have at least, so that a thread is worth waking.
 inline int64_t grain(int64_t work_per_task) {
-  return std::max<int64_t>(1, at::internal::GRAIN_SIZE / std::max<int64_t>(1, work_per_task));
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, work_per_task));
 }
 
 }  // namespace fastcam::cpu

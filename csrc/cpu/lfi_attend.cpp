@@ -1,10 +1,9 @@
-// lfi_attend on CPUs: partition into tasks, the leaves of cam_map_reduce.h and lfi_attend_leaves.h, registration.
+// lfi_attend on CPUs: partition into tasks, the leaves of cam_map_reduce.h and lfi_attend_leaves.h.
 //
 // A task is an image, whose features are read twice, the second time from the cache; so results depend neither on the batch
 // nor on the thread count.
-#include <ATen/ATen.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cpu/cam_map_reduce.h"
 #include "cpu/lfi_attend_leaves.h"
 #include "cpu/lfi_images.h"
@@ -45,6 +44,8 @@ void compute(const Tensor& features, const Tensor& importance, const LfiResult& 
   });
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> lfi_attend(const Tensor& features, const Tensor& importance,
                                               std::string_view constant_map) {
   const char* op = "lfi_attend";
@@ -53,8 +54,8 @@ std::tuple<Tensor, Tensor, Tensor> lfi_attend(const Tensor& features, const Tens
   check_importance(op, importance, features);
   const bool keeps = keeps_constant(op, constant_map), channels_last = prefers_channels_last(features);
   const auto options = features.options().dtype(accumulation_dtype(features.scalar_type()));
-  const Tensor attention = at::empty({features.size(0), 1, features.size(2), features.size(3)}, options);
-  const Tensor raw = at::empty(attention.sizes(), options);
+  const Tensor attention = fastcam::empty({features.size(0), 1, features.size(2), features.size(3)}, options);
+  const Tensor raw = fastcam::empty(attention.sizes(), options);
   const LfiResult out(features, channels_last);
   if (out.tensor.numel() == 0) return {out.tensor, attention, raw};
   const Tensor s = widened(importance);
@@ -67,9 +68,5 @@ std::tuple<Tensor, Tensor, Tensor> lfi_attend(const Tensor& features, const Tens
   }
   return {out.finished(), attention, raw};
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CPU, m) { m.impl("lfi_attend", lfi_attend); }
 
 }  // namespace fastcam::cpu

@@ -1,13 +1,11 @@
-// lfi_attend_backward on CPUs: partition into tasks, the leaves of cam_map_reduce.h and lfi_attend_backward_leaves.h,
-// registration.
+// lfi_attend_backward on CPUs: partition into tasks, the leaves of cam_map_reduce.h and lfi_attend_backward_leaves.h.
 //
 // A task is an image, whose features and gradient are read twice, the second time from the cache; so results depend neither
 // on the batch nor on the thread count.
-#include <ATen/ATen.h>
-#include <torch/library.h>
 
 #include <memory>
 
+#include "aten.h"
 #include "cpu/cam_map_reduce.h"
 #include "cpu/lfi_attend_backward_leaves.h"
 #include "cpu/lfi_images.h"
@@ -57,6 +55,8 @@ void compute(const Tensor& grad, const Tensor& features, const Tensor& importanc
   });
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor> lfi_attend_backward(const Tensor& grad_attended, const std::optional<Tensor>& grad_attention,
                                                const std::optional<Tensor>& grad_raw, const Tensor& features,
                                                const Tensor& importance, const Tensor& attention, const Tensor& raw,
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor> lfi_attend_backward(const Tensor& grad_attended, cons
   if (extra.defined()) check_wide_map(op, "grad_raw", extra, features);
   const bool keeps = keeps_constant(op, constant_map), channels_last = prefers_channels_last(features);
   const LfiResult out(features, channels_last);
-  const Tensor s = widened(importance), grad_s = at::empty(s.sizes(), s.options());
+  const Tensor s = widened(importance), grad_s = fastcam::empty(s.sizes(), s.options());
   if (out.tensor.numel() == 0) return {out.tensor, grad_s.to(importance.scalar_type())};
   const Maps maps = {widened(given), widened(extra), widened(attention), widened(raw), keeps};
   switch (features.scalar_type()) {
@@ -85,9 +85,5 @@ std::tuple<Tensor, Tensor> lfi_attend_backward(const Tensor& grad_attended, cons
   }
   return {out.finished(), grad_s.to(importance.scalar_type())};
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CPU, m) { m.impl("lfi_attend_backward", lfi_attend_backward); }
 
 }  // namespace fastcam::cpu

@@ -16,7 +16,7 @@ struct LfiResult {
   LfiResult(const at::Tensor& features, bool channels_last) : tensor(empty_result_like(features)) {
     const bool direct = channels_last ? rows_are_positions(tensor) : rows_are_channels(tensor);
     const auto order = channels_last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-    images = as_images(direct ? tensor : at::empty(features.sizes(), features.options().memory_format(order)), channels_last);
+    images = as_images(direct ? tensor : fastcam::empty(features.sizes(), features.options().memory_format(order)), channels_last);
   }
 
   template <typename S>
@@ -29,7 +29,7 @@ struct LfiResult {
 
 // Channels of a task that takes some of an image's: by sizes only, whole blocks of channels_last.
 inline int64_t lfi_channels_of_task(int64_t positions) {
-  return std::max<int64_t>(1, at::internal::GRAIN_SIZE / (positions * kLfiBlock)) * kLfiBlock;
+  return std::max<int64_t>(1, kGrain / (positions * kLfiBlock)) * kLfiBlock;
 }
 
 }  // namespace fastcam::cpu

@@ -1,10 +1,9 @@
-// lfi_mask on CPUs: partition into tasks, the leaves of lfi_mask_leaves.h, registration.
+// lfi_mask on CPUs: partition into tasks, the leaves of lfi_mask_leaves.h.
 //
 // A task is (image, range of channels); each channel is one task's, so results depend neither on the batch nor on the
 // thread count.
-#include <ATen/ATen.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cpu/lfi_images.h"
 #include "cpu/lfi_mask_leaves.h"
 
@@ -31,6 +30,8 @@ void compute(const Tensor& features, const Tensor& grey, const LfiResult& out, b
   });
 }
 
+}  // namespace
+
 Tensor lfi_mask(const Tensor& features, const Tensor& grey) {
   const char* op = "lfi_mask";
   refuse_grad(op, features, grey);
@@ -49,9 +50,5 @@ Tensor lfi_mask(const Tensor& features, const Tensor& grey) {
   }
   return out.finished();
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CPU, m) { m.impl("lfi_mask", lfi_mask); }
 
 }  // namespace fastcam::cpu

@@ -1,10 +1,9 @@
-// lfi_mask_backward on CPUs: partition into tasks, the leaves of lfi_mask_backward_leaves.h, registration.
+// lfi_mask_backward on CPUs: partition into tasks, the leaves of lfi_mask_backward_leaves.h.
 //
 // A task is (image, range of channels); each channel is one task's, so results depend neither on the batch nor on the
 // thread count.
-#include <ATen/ATen.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cpu/lfi_images.h"
 #include "cpu/lfi_mask_backward_leaves.h"
 
@@ -33,6 +32,8 @@ void compute(const Tensor& grad, const Tensor& features, const Tensor& grey, con
   });
 }
 
+}  // namespace
+
 Tensor lfi_mask_backward(const Tensor& grad, const Tensor& features, const Tensor& grey) {
   const char* op = "lfi_mask_backward";
   check_no_grad(op, grad, features, grey);
@@ -52,9 +53,5 @@ Tensor lfi_mask_backward(const Tensor& grad, const Tensor& features, const Tenso
   }
   return out.finished();
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CPU, m) { m.impl("lfi_mask_backward", lfi_mask_backward); }
 
 }  // namespace fastcam::cpu

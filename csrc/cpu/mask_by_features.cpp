@@ -1,12 +1,11 @@
-// mask_by_features on CPUs: one task a row, of the leaves of cam_map_finish.h and mask_by_features_leaves.h; registration.
+// mask_by_features on CPUs: one task a row, of the leaves of cam_map_finish.h and mask_by_features_leaves.h.
 //
 // A row's mask is made once, in its thread's scratch, and read by all channels from cache. Rows are independent, so a chunk is
 // bit-equal to the slice of the whole, on any number of threads.
-#include <ATen/ATen.h>
-#include <torch/library.h>
 
 #include <memory>
 
+#include "aten.h"
 #include "cpu/layout.h"
 #include "cpu/mask_by_features_leaves.h"
 #include "cpu/resampling.h"
@@ -105,6 +104,8 @@ void compute(const Problem& x, Tensor& result) {
   wide ? compute_rows<S, Accumulate<S>>(x, result) : compute_rows<S, S>(x, result);
 }
 
+}  // namespace
+
 Tensor mask_by_features(const Tensor& images, const Tensor& features, int64_t start, std::optional<int64_t> count,
                         const std::optional<Tensor>& noise, double scale, std::string_view order) {
   const Chunk chunk = check_mask_by_features(images, features, start, count, noise, scale, order);
@@ -129,9 +130,5 @@ Tensor mask_by_features(const Tensor& images, const Tensor& features, int64_t st
   }
   return result;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CPU, m) { m.impl("mask_by_features", mask_by_features); }
 
 }  // namespace fastcam::cpu

@@ -1,8 +1,7 @@
-// relevance_add on CPUs: flat ranges of the results, registration.
-#include <ATen/ATen.h>
+// relevance_add on CPUs: flat ranges of the results.
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cpu/flat.h"
 #include "cpu/result_memory.h"
 #include "formulas.h"
@@ -31,13 +30,15 @@ void compute(const Tensor (&in)[4], const Tensor (&out)[2], double epsilon) {
   for (int j = 0; j < 4; ++j) all.in[j] = in[j].defined() ? static_cast<const S*>(in[j].const_data_ptr()) : nullptr;
   for (int j = 0; j < 2; ++j) all.out[j] = static_cast<S*>(out[j].mutable_data_ptr());
   all.numbers[0] = static_cast<Accumulate<S>>(epsilon);
-  at::parallel_for(0, out[0].numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, out[0].numel(), kGrain, [&](int64_t begin, int64_t end) {
     FlatArgs<S> args = all;
     for (auto& p : args.in) p = p == nullptr ? p : p + begin;
     args.out[0] += begin, args.out[1] += begin, args.count = end - begin;
     args.in[3] != nullptr ? run<Flat<Add<true>, S>>(args) : run<Flat<Add<false>, S>>(args);
   });
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor> relevance_add(const Tensor& relevance, const Tensor& first, const Tensor& second,
                                          const std::optional<Tensor>& factor, double epsilon) {
@@ -59,9 +60,5 @@ std::tuple<Tensor, Tensor> relevance_add(const Tensor& relevance, const Tensor& 
   }
   return {out[0], out[1]};
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CPU, m) { m.impl("relevance_add", relevance_add); }
 
 }  // namespace fastcam::cpu

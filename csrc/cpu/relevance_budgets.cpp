@@ -1,9 +1,8 @@
-// relevance_budgets on CPUs: blocks of images in parallel, then the blocks of each image in order; registration.
-#include <ATen/ATen.h>
-#include <torch/library.h>
+// relevance_budgets on CPUs: blocks of images in parallel, then the blocks of each image in order.
 
 #include <vector>
 
+#include "aten.h"
 #include "cpu/layout.h"
 #include "cpu/relevance_sums.h"
 #include "relevance.h"
@@ -40,11 +39,13 @@ void compute(const Tensor& relevance, const Tensor& out) {
   }
 }
 
+}  // namespace
+
 Tensor relevance_budgets(const Tensor& relevance) {
   const char* op = "relevance_budgets";
   check_relevance(op, "relevance", relevance);
   const auto options = relevance.options().dtype(accumulation_dtype(relevance.scalar_type()));
-  const Tensor out = at::zeros({relevance.size(0), 2}, options);
+  const Tensor out = fastcam::zeros({relevance.size(0), 2}, options);
   if (relevance.numel() == 0) return out;
   // What an image alone looks like decides, so that its sums are those of a batch.
   const Tensor r = relevance.select(0, 0).is_non_overlapping_and_dense() ? relevance : relevance.contiguous();
@@ -57,9 +58,5 @@ Tensor relevance_budgets(const Tensor& relevance) {
   }
   return out;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CPU, m) { m.impl("relevance_budgets", relevance_budgets); }
 
 }  // namespace fastcam::cpu

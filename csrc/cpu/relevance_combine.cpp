@@ -1,9 +1,8 @@
-// relevance_combine on CPUs: the elements that count, block by block, then ranges of images; registration.
-#include <ATen/ATen.h>
-#include <torch/library.h>
+// relevance_combine on CPUs: the elements that count, block by block, then ranges of images.
 
 #include <vector>
 
+#include "aten.h"
 #include "cpu/flat.h"
 #include "cpu/layout.h"
 #include "cpu/relevance_sums.h"
@@ -59,7 +58,7 @@ void compute(const Tensor& inputs, const Tensor& parts, const Tensor& budgets, c
   const auto* totals = static_cast<const A*>(budgets.const_data_ptr());
   const std::vector<A> unit = shift ? units<S>(x, t, totals, batch, length) : std::vector<A>(batch, A(0));
   auto* result = static_cast<S*>(out.mutable_data_ptr());
-  at::parallel_for(0, count, at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
     while (begin < end) {  // to the end of an image, at most
       const int64_t image = begin / length;
       FlatArgs<S> args = {};
@@ -74,6 +73,8 @@ void compute(const Tensor& inputs, const Tensor& parts, const Tensor& budgets, c
   });
 }
 
+}  // namespace
+
 Tensor relevance_combine(const Tensor& inputs, const Tensor& parts, const Tensor& budgets, bool shift,
                          double threshold) {
   const char* op = "relevance_combine";
@@ -83,7 +84,7 @@ Tensor relevance_combine(const Tensor& inputs, const Tensor& parts, const Tensor
   const Tensor result = empty_result_like(inputs);
   if (result.numel() == 0) return result;
   const bool direct = images_in_sequence(result);
-  const Tensor out = direct ? result : at::empty(inputs.sizes(), inputs.options());
+  const Tensor out = direct ? result : fastcam::empty(inputs.sizes(), inputs.options());
   const Tensor x = in_order_of(out, inputs), t = in_image_order_of(out, parts), b = budgets.contiguous();
   switch (x.scalar_type()) {
     case at::kDouble: compute<double>(x, t, b, out, shift, threshold); break;
@@ -95,9 +96,5 @@ Tensor relevance_combine(const Tensor& inputs, const Tensor& parts, const Tensor
   if (!direct) result.copy_(out);
   return result;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CPU, m) { m.impl("relevance_combine", relevance_combine); }
 
 }  // namespace fastcam::cpu

@@ -1,8 +1,7 @@
-// relevance_divide on CPUs: flat ranges of the result, registration.
-#include <ATen/ATen.h>
+// relevance_divide on CPUs: flat ranges of the result.
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cpu/flat.h"
 #include "cpu/result_memory.h"
 #include "formulas.h"
@@ -34,13 +33,15 @@ void compute(const Tensor& relevance, const Tensor& divisor, const Tensor& facto
   all.in[2] = factor.defined() ? static_cast<const S*>(factor.const_data_ptr()) : nullptr;
   all.out[0] = static_cast<S*>(out.mutable_data_ptr());
   all.numbers[0] = static_cast<Accumulate<S>>(epsilon);
-  at::parallel_for(0, out.numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, out.numel(), kGrain, [&](int64_t begin, int64_t end) {
     FlatArgs<S> args = all;
     for (auto& p : args.in) p = p == nullptr ? p : p + begin;
     args.out[0] += begin, args.count = end - begin;
     args.in[2] != nullptr ? run<Flat<Divide<true>, S>>(args) : run<Flat<Divide<false>, S>>(args);
   });
 }
+
+}  // namespace
 
 Tensor relevance_divide(const Tensor& relevance, const Tensor& divisor, const std::optional<Tensor>& given,
                         double epsilon) {
@@ -61,9 +62,5 @@ Tensor relevance_divide(const Tensor& relevance, const Tensor& divisor, const st
   }
   return out;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CPU, m) { m.impl("relevance_divide", relevance_divide); }
 
 }  // namespace fastcam::cpu

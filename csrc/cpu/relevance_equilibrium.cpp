@@ -1,8 +1,7 @@
-// relevance_equilibrium on CPUs: ranges of images, registration.
-#include <ATen/ATen.h>
+// relevance_equilibrium on CPUs: ranges of images.
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cpu/flat.h"
 #include "cpu/result_memory.h"
 #include "formulas.h"
@@ -30,7 +29,7 @@ void compute(const Tensor& relevance, const Tensor& budgets, const Tensor& divis
   const auto* z = static_cast<const S*>(divisors.const_data_ptr());
   const auto* totals = static_cast<const A*>(budgets.const_data_ptr());
   auto* result = static_cast<S*>(out.mutable_data_ptr());
-  at::parallel_for(0, count, at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
     while (begin < end) {  // to the end of an image, at most
       const int64_t image = begin / length;
       FlatArgs<S> args = {};
@@ -45,6 +44,8 @@ void compute(const Tensor& relevance, const Tensor& budgets, const Tensor& divis
   });
 }
 
+}  // namespace
+
 Tensor relevance_equilibrium(const Tensor& relevance, const Tensor& budgets, const Tensor& divisors, double ratio) {
   const char* op = "relevance_equilibrium";
   check_relevance(op, "relevance", relevance);
@@ -53,7 +54,7 @@ Tensor relevance_equilibrium(const Tensor& relevance, const Tensor& budgets, con
   const Tensor result = empty_result_like(divisors);
   if (result.numel() == 0) return result;
   const bool direct = images_in_sequence(result);
-  const Tensor out = direct ? result : at::empty(divisors.sizes(), divisors.options());
+  const Tensor out = direct ? result : fastcam::empty(divisors.sizes(), divisors.options());
   const Tensor r = in_image_order_of(out, relevance), z = in_order_of(out, divisors), b = budgets.contiguous();
   switch (r.scalar_type()) {
     case at::kDouble: compute<double>(r, b, z, out, ratio); break;
@@ -65,9 +66,5 @@ Tensor relevance_equilibrium(const Tensor& relevance, const Tensor& budgets, con
   if (!direct) result.copy_(out);
   return result;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CPU, m) { m.impl("relevance_equilibrium", relevance_equilibrium); }
 
 }  // namespace fastcam::cpu

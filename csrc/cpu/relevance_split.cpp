@@ -1,13 +1,12 @@
-// relevance_split on CPUs: runs of the inputs, each of which ends up in two places of the result; registration.
+// relevance_split on CPUs: runs of the inputs, each of which ends up in two places of the result.
 //
 // A run is an image where the result is contiguous, a pixel where it is channels_last.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <limits>
 #include <string_view>
 
+#include "aten.h"
 #include "cpu/flat.h"
 #include "cpu/result_memory.h"
 #include "formulas.h"
@@ -52,7 +51,7 @@ struct Split {
 
 template <typename S, typename RULE>
 void compute(const FlatArgs<S>& all, S* out, int64_t count, int64_t length) {
-  at::parallel_for(0, count, at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, count, kGrain, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t run_number = begin / length, offset = begin % length;
       const int64_t whole = offset == 0 ? (end - begin) / length : 0;
@@ -90,6 +89,8 @@ void choose(const Tensor (&in)[4], const Tensor& out, std::string_view rule, dou
   compute<S, Rap>(all, result, count, length);
 }
 
+}  // namespace
+
 Tensor relevance_split(const Tensor& relevance, const Tensor& output, const Tensor& positive,
                        const std::optional<Tensor>& factor, std::string_view rule, double first, double second,
                        double epsilon) {
@@ -115,9 +116,5 @@ Tensor relevance_split(const Tensor& relevance, const Tensor& output, const Tens
   }
   return out;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CPU, m) { m.impl("relevance_split", relevance_split); }
 
 }  // namespace fastcam::cpu

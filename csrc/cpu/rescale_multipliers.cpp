@@ -1,9 +1,8 @@
-// rescale_multipliers on CPUs: flat ranges of the result, the leaf of rescale_multipliers_scale.h, registration.
+// rescale_multipliers on CPUs: flat ranges of the result, the leaf of rescale_multipliers_scale.h.
 //
 // Every element is computed alone, so results depend neither on the batch nor on the thread count.
-#include <ATen/ATen.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cpu/layout.h"
 #include "cpu/rescale_multipliers_scale.h"
 #include "ops.h"
@@ -20,7 +19,7 @@ void compute(const Runs& x, const Tensor& out, double negative_slope) {
   const auto* inputs = static_cast<const S*>(x.inputs.const_data_ptr());
   const auto* reference = static_cast<const S*>(x.reference.const_data_ptr());
   auto* result = static_cast<G*>(out.mutable_data_ptr());
-  at::parallel_for(0, out.numel(), at::internal::GRAIN_SIZE, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, out.numel(), kGrain, [&](int64_t begin, int64_t end) {
     while (begin < end) {  // to the end of a run of the reference, at most
       const int64_t offset = begin % x.length;
       RescaleArgs<S, G> args;
@@ -39,12 +38,14 @@ void compute_half(const Runs& x, const Tensor& out, double negative_slope) {
   out.scalar_type() == at::kFloat ? compute<S, float>(x, out, negative_slope) : compute<S, S>(x, out, negative_slope);
 }
 
+}  // namespace
+
 Tensor rescale_multipliers(const Tensor& multipliers, const Tensor& inputs, const Tensor& reference,
                            double negative_slope) {
   const char* op = "rescale_multipliers";
   refuse_grad(op, multipliers, inputs, reference);
   check_elementwise(op, multipliers, inputs, reference);
-  const Tensor out = at::empty_like(multipliers);
+  const Tensor out = fastcam::empty_like(multipliers);
   if (out.numel() == 0) return out;
   advise_huge_pages(out.const_data_ptr(), out.nbytes());
   const Runs x = as_runs(out, multipliers, inputs, reference);
@@ -58,9 +59,5 @@ Tensor rescale_multipliers(const Tensor& multipliers, const Tensor& inputs, cons
   }
   return out;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CPU, m) { m.impl("rescale_multipliers", rescale_multipliers); }
 
 }  // namespace fastcam::cpu

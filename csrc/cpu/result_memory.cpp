@@ -139,7 +139,7 @@ at::Tensor empty_result(at::IntArrayRef shape, at::ScalarType dtype) {
 at::Tensor empty_result(at::IntArrayRef shape, at::IntArrayRef strides, at::ScalarType dtype) {
   const size_t size = at::detail::computeStorageNbytes(shape, strides, c10::elementSize(dtype));
   if (size < kPooledResult || pool().limit() == 0) {
-    const at::Tensor result = at::empty_strided(shape, strides, dtype);
+    const at::Tensor result = fastcam::empty_strided(shape, strides, dtype);
     advise_huge_pages(result.const_data_ptr(), result.nbytes());
     return result;
   }

@@ -6,7 +6,7 @@
 // kept, the longest idle freed first.
 #pragma once
 
-#include <ATen/ATen.h>
+#include "aten.h"
 
 #include <string>
 

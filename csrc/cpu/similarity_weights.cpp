@@ -1,8 +1,7 @@
-// similarity_weights on CPUs: rows in parallel, each by one leaf; registration.
-#include <ATen/ATen.h>
+// similarity_weights on CPUs: rows in parallel, each by one leaf.
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cpu/layout.h"
 #include "cpu/result_memory.h"
 #include "cpu/similarity_weights_row.h"
@@ -51,6 +50,8 @@ void compute(const Problem& x) {
   }
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> similarity_weights(const Tensor& first, const Tensor& second, std::string_view term,
                                                       std::string_view weighting, bool dissimilarity) {
   const int64_t batch = check_similarity(first, second), channels = first.size(1);
@@ -59,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_weights(const Tensor& first, const
   x.dissimilarity = dissimilarity;
   const auto acc = accumulation_dtype(first.scalar_type());
   x.contributions = empty_result({batch, channels}, acc), x.weights = empty_result({batch, channels}, acc);
-  x.total = at::empty({batch}, first.options().dtype(acc));
+  x.total = fastcam::empty({batch}, first.options().dtype(acc));
   if (batch > 0) {
     x.first = dense_rows(first), x.second = dense_rows(second);
     switch (first.scalar_type()) {
@@ -74,9 +75,5 @@ std::tuple<Tensor, Tensor, Tensor> similarity_weights(const Tensor& first, const
   }
   return {x.contributions, x.weights, x.total};
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CPU, m) { m.impl("similarity_weights", similarity_weights); }
 
 }  // namespace fastcam::cpu

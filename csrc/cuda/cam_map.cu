@@ -1,14 +1,13 @@
 // Binding of cam_map.cuh to PyTorch.
 #include "cuda/cam_map.cuh"
 
-#include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include <vector>
 
+#include "aten.h"
 #include "cuda/tensors.h"
 #include "ops.h"
 
@@ -26,7 +25,7 @@ void compute(CamMapArgs<T> x, const Tensor& features, const Tensor& weights, con
   x.weights = weights.const_data_ptr();
   x.maps = maps.mutable_data_ptr<A>(), x.raw = raw.mutable_data_ptr<A>(), x.finite = finite.mutable_data_ptr<bool>();
   const CamMapPlan<T> plan = plan_cam_map(x);
-  const Tensor partials = at::empty({plan.partials}, raw.options()), stats = at::empty({plan.stats}, raw.options());
+  const Tensor partials = fastcam::empty({plan.partials}, raw.options()), stats = fastcam::empty({plan.stats}, raw.options());
   C10_CUDA_CHECK(run_cam_map(plan, partials.mutable_data_ptr<A>(), stats.mutable_data_ptr<A>(), x,
                              c10::cuda::getCurrentCUDAStream().stream()));
 }
@@ -41,6 +40,8 @@ CamMapArgs<T> retyped(const CamMapArgs<float>& x) {
   y.relu = x.relu, y.normalize = x.normalize;
   return y;
 }
+
+}  // namespace
 
 std::tuple<Tensor, Tensor, Tensor> cam_map(const Tensor& features, const Tensor& weights,
                                            const std::optional<Tensor>& reference, bool relu, bool normalize,
@@ -79,11 +80,11 @@ std::tuple<Tensor, Tensor, Tensor> cam_map(const Tensor& features, const Tensor&
   const auto acc = accumulation_dtype(features.scalar_type());
   std::vector<int64_t> shape = {x.batch};
   if (has_targets) shape.push_back(x.targets);
-  const Tensor finite = at::empty(shape, features.options().dtype(at::kBool));
+  const Tensor finite = fastcam::empty(shape, features.options().dtype(at::kBool));
   shape.insert(shape.end(), {height, width});
-  const Tensor raw = at::empty(shape, features.options().dtype(acc));
+  const Tensor raw = fastcam::empty(shape, features.options().dtype(acc));
   *(shape.end() - 2) = out_height, shape.back() = out_width;
-  const Tensor maps = at::empty(shape, features.options().dtype(acc));
+  const Tensor maps = fastcam::empty(shape, features.options().dtype(acc));
   if (x.batch == 0 || x.targets == 0) return {maps, raw, finite};
 
   x.channels_last = is_channels_last(features);
@@ -102,9 +103,5 @@ std::tuple<Tensor, Tensor, Tensor> cam_map(const Tensor& features, const Tensor&
   }
   return {maps, raw, finite};
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CUDA, m) { m.impl("cam_map.with_raw", cam_map); }
 
 }  // namespace fastcam::cuda

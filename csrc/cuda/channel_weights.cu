@@ -1,12 +1,11 @@
 // Binding of channel_weights.cuh to PyTorch.
 #include "cuda/channel_weights.cuh"
 
-#include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cuda/tensors.h"
 #include "ops.h"
 
@@ -37,9 +36,11 @@ void compute(const Tensor& features, const Tensor& multipliers, const Tensor& re
   x.reference_batch = reference.defined() && reference.size(0) > 1 ? x.channels * x.positions : 0;
   x.mode = mode;
   const WeightPlan<T> plan = plan_channel_weights(x, channels_last);
-  const Tensor scratch = at::empty({plan.scratch}, out.options());
+  const Tensor scratch = fastcam::empty({plan.scratch}, out.options());
   C10_CUDA_CHECK(run_channel_weights(plan, scratch.mutable_data_ptr<A>(), c10::cuda::getCurrentCUDAStream().stream()));
 }
+
+}  // namespace
 
 Tensor channel_weights(const Tensor& features, const Tensor& multipliers, const std::optional<Tensor>& reference,
                        std::string_view mode) {
@@ -53,7 +54,7 @@ Tensor channel_weights(const Tensor& features, const Tensor& multipliers, const 
   const Mode wanted = mode_of(op, mode);
 
   const c10::cuda::CUDAGuard guard(features.device());
-  const Tensor out = at::empty(multipliers.sizes().slice(0, multipliers.dim() - 2),
+  const Tensor out = fastcam::empty(multipliers.sizes().slice(0, multipliers.dim() - 2),
                                features.options().dtype(accumulation_dtype(features.scalar_type())));
   if (out.numel() == 0) return out;
   // A mean never reads the features: the multipliers' own type and order are what matters then.
@@ -74,9 +75,5 @@ Tensor channel_weights(const Tensor& features, const Tensor& multipliers, const 
   }
   return out;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CUDA, m) { m.impl("channel_weights", channel_weights); }
 
 }  // namespace fastcam::cuda

@@ -1,16 +1,14 @@
 // Binding of lfi_attend.cuh to PyTorch.
 #include "cuda/lfi_attend.cuh"
 
-#include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cuda/lfi_tensors.h"
 
 namespace fastcam::cuda {
-namespace {
 
 using at::Tensor;
 
@@ -24,8 +22,8 @@ std::tuple<Tensor, Tensor, Tensor> lfi_attend(const Tensor& features, const Tens
   const c10::cuda::CUDAGuard guard(features.device());
   const LfiTensors x(features);
   const auto options = features.options().dtype(accumulation_dtype(features.scalar_type()));
-  const Tensor attention = at::empty({features.size(0), 1, features.size(2), features.size(3)}, options);
-  const Tensor raw = at::empty(attention.sizes(), options);
+  const Tensor attention = fastcam::empty({features.size(0), 1, features.size(2), features.size(3)}, options);
+  const Tensor raw = fastcam::empty(attention.sizes(), options);
   if (x.result.numel() == 0) return {x.result, attention, raw};
   const Tensor s = widened(importance);
   by_element_type(op, x.features, [&](auto zero) {
@@ -36,15 +34,11 @@ std::tuple<Tensor, Tensor, Tensor> lfi_attend(const Tensor& features, const Tens
     args.attention = fresh_elements<A>(attention), args.raw = fresh_elements<A>(raw);
     args.shape = x.shape(), args.keeps_constant = keeps;
     const auto plan = plan_lfi_attend(args);
-    const Tensor partials = at::empty({plan.partials}, options);
+    const Tensor partials = fastcam::empty({plan.partials}, options);
     C10_CUDA_CHECK(
         run_lfi_attend(plan, args, fresh_elements<A>(partials), c10::cuda::getCurrentCUDAStream().stream()));
   });
   return {x.finished(), attention, raw};
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CUDA, m) { m.impl("lfi_attend", lfi_attend); }
 
 }  // namespace fastcam::cuda

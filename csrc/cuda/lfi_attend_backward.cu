@@ -1,16 +1,14 @@
 // Binding of lfi_attend_backward.cuh to PyTorch.
 #include "cuda/lfi_attend_backward.cuh"
 
-#include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cuda/lfi_tensors.h"
 
 namespace fastcam::cuda {
-namespace {
 
 using at::Tensor;
 
@@ -31,11 +29,11 @@ std::tuple<Tensor, Tensor> lfi_attend_backward(const Tensor& grad_attended, cons
   const bool keeps = keeps_constant(op, constant_map);
   const c10::cuda::CUDAGuard guard(features.device());
   const LfiTensors x(features);
-  const Tensor s = widened(importance), grad_s = at::empty(s.sizes(), s.options());
+  const Tensor s = widened(importance), grad_s = fastcam::empty(s.sizes(), s.options());
   if (x.result.numel() == 0) return {x.result, grad_s.to(importance.scalar_type())};
   const Tensor grad = x.like_features(grad_attended);
   const Tensor from_attention = widened(given), from_raw = widened(extra), a = widened(attention), p = widened(raw);
-  const Tensor map_gradient = at::empty(p.sizes(), p.options());
+  const Tensor map_gradient = fastcam::empty(p.sizes(), p.options());
   by_element_type(op, x.features, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
@@ -46,15 +44,11 @@ std::tuple<Tensor, Tensor> lfi_attend_backward(const Tensor& grad_attended, cons
     args.grad_importance = fresh_elements<A>(grad_s), args.map_gradient = fresh_elements<A>(map_gradient);
     args.shape = x.shape(), args.keeps_constant = keeps;
     const auto plan = plan_lfi_attend_backward(args);
-    const Tensor partials = at::empty({plan.partials}, p.options());
+    const Tensor partials = fastcam::empty({plan.partials}, p.options());
     C10_CUDA_CHECK(
         run_lfi_attend_backward(plan, args, fresh_elements<A>(partials), c10::cuda::getCurrentCUDAStream().stream()));
   });
   return {x.finished(), grad_s.to(importance.scalar_type())};
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CUDA, m) { m.impl("lfi_attend_backward", lfi_attend_backward); }
 
 }  // namespace fastcam::cuda

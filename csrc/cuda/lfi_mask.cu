@@ -1,16 +1,14 @@
 // Binding of lfi_mask.cuh to PyTorch.
 #include "cuda/lfi_mask.cuh"
 
-#include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cuda/lfi_tensors.h"
 
 namespace fastcam::cuda {
-namespace {
 
 using at::Tensor;
 
@@ -30,9 +28,5 @@ Tensor lfi_mask(const Tensor& features, const Tensor& grey) {
   });
   return x.finished();
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CUDA, m) { m.impl("lfi_mask", lfi_mask); }
 
 }  // namespace fastcam::cuda

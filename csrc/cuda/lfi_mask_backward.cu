@@ -1,16 +1,14 @@
 // Binding of lfi_mask_backward.cuh to PyTorch.
 #include "cuda/lfi_mask_backward.cuh"
 
-#include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cuda/lfi_tensors.h"
 
 namespace fastcam::cuda {
-namespace {
 
 using at::Tensor;
 
@@ -32,9 +30,5 @@ Tensor lfi_mask_backward(const Tensor& grad, const Tensor& features, const Tenso
   });
   return x.finished();
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CUDA, m) { m.impl("lfi_mask_backward", lfi_mask_backward); }
 
 }  // namespace fastcam::cuda

@@ -14,8 +14,8 @@ struct LfiTensors {
   at::Tensor features, result, out;
 
   explicit LfiTensors(const at::Tensor& given)
-      : channels_last(is_channels_last(given)), features(dense_images(given, channels_last)), result(at::empty_like(given)) {
-    out = lies_as(result, features.strides()) ? result : at::empty_like(features);
+      : channels_last(is_channels_last(given)), features(dense_images(given, channels_last)), result(fastcam::empty_like(given)) {
+    out = lies_as(result, features.strides()) ? result : fastcam::empty_like(features);
   }
 
   at::Tensor like_features(const at::Tensor& x) const { return dense_images(x, channels_last); }

@@ -1,12 +1,11 @@
 // Binding of mask_by_features.cuh to PyTorch.
 #include "cuda/mask_by_features.cuh"
 
-#include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cuda/tensors.h"
 #include "mask_by_features.h"
 #include "ops.h"
@@ -40,7 +39,7 @@ void compute_typed(const Problem& x) {
   masks.out = static_cast<T*>(x.out.mutable_data_ptr());
   masks.noise = x.noise.defined() ? x.noise.const_data_ptr<A>() : nullptr;
   masks.channels = unsigned(x.images.size(1)), masks.scale = A(x.scale), masks.channels_last = x.channels_last;
-  const Tensor scratch = at::empty({x.chunk.count * scratch_a_row(maps.height, maps.width)},
+  const Tensor scratch = fastcam::empty({x.chunk.count * scratch_a_row(maps.height, maps.width)},
                                    x.images.options().dtype(accumulation_dtype(x.images.scalar_type())));
   C10_CUDA_CHECK(run_mask_by_features(maps, masks, scratch.mutable_data_ptr<A>(),
                                       c10::cuda::getCurrentCUDAStream().stream()));
@@ -51,6 +50,8 @@ void compute(const Problem& x) {
   const bool wide = x.features.scalar_type() != x.images.scalar_type();
   wide ? compute_typed<T, Accumulate<T>>(x) : compute_typed<T, T>(x);
 }
+
+}  // namespace
 
 Tensor mask_by_features(const Tensor& images, const Tensor& features, int64_t start, std::optional<int64_t> count,
                         const std::optional<Tensor>& noise, double scale, std::string_view order) {
@@ -81,9 +82,5 @@ Tensor mask_by_features(const Tensor& images, const Tensor& features, int64_t st
   }
   return x.out;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CUDA, m) { m.impl("mask_by_features", mask_by_features); }
 
 }  // namespace fastcam::cuda

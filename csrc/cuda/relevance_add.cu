@@ -1,17 +1,15 @@
 // Binding of relevance_add.cuh to PyTorch.
 #include "cuda/relevance_add.cuh"
 
-#include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cuda/tensors.h"
 #include "relevance.h"
 
 namespace fastcam::cuda {
-namespace {
 
 using at::Tensor;
 
@@ -23,7 +21,7 @@ std::tuple<Tensor, Tensor> relevance_add(const Tensor& relevance, const Tensor& 
   check_alike(op, "second", second, relevance);
   if (factor) check_alike(op, "factor", *factor, relevance);
   const c10::cuda::CUDAGuard guard(relevance.device());
-  const Tensor out = at::empty_like(relevance), other = at::empty_like(relevance);
+  const Tensor out = fastcam::empty_like(relevance), other = fastcam::empty_like(relevance);
   if (out.numel() == 0) return {out, other};
   const Tensor r = in_order_of(out, relevance), a = in_order_of(out, first), b = in_order_of(out, second);
   const Tensor f = factor ? in_order_of(out, *factor) : Tensor();
@@ -35,9 +33,5 @@ std::tuple<Tensor, Tensor> relevance_add(const Tensor& relevance, const Tensor& 
   });
   return {out, other};
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CUDA, m) { m.impl("relevance_add", relevance_add); }
 
 }  // namespace fastcam::cuda

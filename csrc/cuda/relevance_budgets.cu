@@ -1,17 +1,15 @@
 // Binding of relevance_budgets.cuh to PyTorch.
 #include "cuda/relevance_budgets.cuh"
 
-#include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cuda/tensors.h"
 #include "relevance.h"
 
 namespace fastcam::cuda {
-namespace {
 
 using at::Tensor;
 
@@ -20,11 +18,11 @@ Tensor relevance_budgets(const Tensor& relevance) {
   check_relevance(op, "relevance", relevance);
   const c10::cuda::CUDAGuard guard(relevance.device());
   const auto options = relevance.options().dtype(accumulation_dtype(relevance.scalar_type()));
-  if (relevance.numel() == 0) return at::zeros({relevance.size(0), 2}, options);
-  const Tensor out = at::empty({relevance.size(0), 2}, options);
+  if (relevance.numel() == 0) return fastcam::zeros({relevance.size(0), 2}, options);
+  const Tensor out = fastcam::empty({relevance.size(0), 2}, options);
   const Tensor r = images_in_sequence(relevance) ? relevance : relevance.contiguous();
   const int64_t batch = r.size(0), length = r.numel() / batch;
-  const Tensor scratch = at::empty({scratch_of_budgets(batch, length)}, options);
+  const Tensor scratch = fastcam::empty({scratch_of_budgets(batch, length)}, options);
   by_element_type(op, r, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulate<T>;
@@ -33,9 +31,5 @@ Tensor relevance_budgets(const Tensor& relevance) {
   });
   return out;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CUDA, m) { m.impl("relevance_budgets", relevance_budgets); }
 
 }  // namespace fastcam::cuda

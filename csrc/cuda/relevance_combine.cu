@@ -1,17 +1,15 @@
 // Binding of relevance_combine.cuh to PyTorch.
 #include "cuda/relevance_combine.cuh"
 
-#include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cuda/tensors.h"
 #include "relevance.h"
 
 namespace fastcam::cuda {
-namespace {
 
 using at::Tensor;
 
@@ -22,16 +20,16 @@ Tensor relevance_combine(const Tensor& inputs, const Tensor& parts, const Tensor
   check_alike(op, "parts", parts, inputs, 3);
   check_budgets(op, budgets, inputs);
   const c10::cuda::CUDAGuard guard(inputs.device());
-  const Tensor result = at::empty_like(inputs);
+  const Tensor result = fastcam::empty_like(inputs);
   if (result.numel() == 0) return result;
   const bool direct = images_in_sequence(result);
-  const Tensor out = direct ? result : at::empty(inputs.sizes(), inputs.options());
+  const Tensor out = direct ? result : fastcam::empty(inputs.sizes(), inputs.options());
   const Tensor x = in_order_of(out, inputs), t = in_image_order_of(out, parts), b = budgets.contiguous();
   const int64_t batch = x.size(0), length = x.numel() / batch;
   Tensor counts, units;
   if (shift) {
-    counts = at::empty({batch * sum_chunks_of(length)}, x.options().dtype(at::kInt));
-    units = at::empty({batch}, b.options());
+    counts = fastcam::empty({batch * sum_chunks_of(length)}, x.options().dtype(at::kInt));
+    units = fastcam::empty({batch}, b.options());
   }
   by_element_type(op, x, [&](auto zero) {
     using T = decltype(zero);
@@ -45,9 +43,5 @@ Tensor relevance_combine(const Tensor& inputs, const Tensor& parts, const Tensor
   if (!direct) result.copy_(out);
   return result;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CUDA, m) { m.impl("relevance_combine", relevance_combine); }
 
 }  // namespace fastcam::cuda

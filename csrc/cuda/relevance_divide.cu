@@ -1,17 +1,15 @@
 // Binding of relevance_divide.cuh to PyTorch.
 #include "cuda/relevance_divide.cuh"
 
-#include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cuda/tensors.h"
 #include "relevance.h"
 
 namespace fastcam::cuda {
-namespace {
 
 using at::Tensor;
 
@@ -22,7 +20,7 @@ Tensor relevance_divide(const Tensor& relevance, const Tensor& divisor, const st
   check_alike(op, "divisor", divisor, relevance);
   if (factor) check_alike(op, "factor", *factor, relevance);
   const c10::cuda::CUDAGuard guard(relevance.device());
-  const Tensor out = at::empty_like(relevance);
+  const Tensor out = fastcam::empty_like(relevance);
   if (out.numel() == 0) return out;
   const Tensor r = in_order_of(out, relevance), d = in_order_of(out, divisor);
   const Tensor f = factor ? in_order_of(out, *factor) : Tensor();
@@ -33,9 +31,5 @@ Tensor relevance_divide(const Tensor& relevance, const Tensor& divisor, const st
   });
   return out;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CUDA, m) { m.impl("relevance_divide", relevance_divide); }
 
 }  // namespace fastcam::cuda

@@ -1,17 +1,15 @@
 // Binding of relevance_equilibrium.cuh to PyTorch.
 #include "cuda/relevance_equilibrium.cuh"
 
-#include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cuda/tensors.h"
 #include "relevance.h"
 
 namespace fastcam::cuda {
-namespace {
 
 using at::Tensor;
 
@@ -21,10 +19,10 @@ Tensor relevance_equilibrium(const Tensor& relevance, const Tensor& budgets, con
   check_budgets(op, budgets, relevance);
   check_alike(op, "divisors", divisors, relevance, 3);
   const c10::cuda::CUDAGuard guard(relevance.device());
-  const Tensor result = at::empty_like(divisors);
+  const Tensor result = fastcam::empty_like(divisors);
   if (result.numel() == 0) return result;
   const bool direct = images_in_sequence(result);
-  const Tensor out = direct ? result : at::empty(divisors.sizes(), divisors.options());
+  const Tensor out = direct ? result : fastcam::empty(divisors.sizes(), divisors.options());
   const Tensor r = in_image_order_of(out, relevance), z = in_order_of(out, divisors), b = budgets.contiguous();
   by_element_type(op, out, [&](auto zero) {
     using T = decltype(zero);
@@ -35,9 +33,5 @@ Tensor relevance_equilibrium(const Tensor& relevance, const Tensor& budgets, con
   if (!direct) result.copy_(out);
   return result;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CUDA, m) { m.impl("relevance_equilibrium", relevance_equilibrium); }
 
 }  // namespace fastcam::cuda

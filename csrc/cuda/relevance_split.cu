@@ -1,12 +1,11 @@
 // Binding of relevance_split.cuh to PyTorch.
 #include "cuda/relevance_split.cuh"
 
-#include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cuda/tensors.h"
 #include "relevance.h"
 
@@ -22,6 +21,8 @@ Rule rule_of(const char* op, std::string_view name) {
   return Rule::rap;
 }
 
+}  // namespace
+
 Tensor relevance_split(const Tensor& relevance, const Tensor& output, const Tensor& positive,
                        const std::optional<Tensor>& factor, std::string_view rule, double first, double second,
                        double epsilon) {
@@ -35,7 +36,7 @@ Tensor relevance_split(const Tensor& relevance, const Tensor& output, const Tens
   const auto format = split_format(relevance);
   auto sizes = relevance.sizes().vec();
   sizes[1] *= 2;
-  const Tensor out = at::empty(sizes, relevance.options(), format);
+  const Tensor out = fastcam::empty(sizes, relevance.options(), format);
   if (out.numel() == 0) return out;
   const Tensor r = relevance.contiguous(format), z = output.contiguous(format), p = positive.contiguous(format);
   const Tensor f = factor ? factor->contiguous(format) : Tensor();
@@ -51,9 +52,5 @@ Tensor relevance_split(const Tensor& relevance, const Tensor& output, const Tens
   });
   return out;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CUDA, m) { m.impl("relevance_split", relevance_split); }
 
 }  // namespace fastcam::cuda

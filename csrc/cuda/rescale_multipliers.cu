@@ -1,12 +1,11 @@
 // Binding of rescale_multipliers.cuh to PyTorch.
 #include "cuda/rescale_multipliers.cuh"
 
-#include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "ops.h"
 #include "order.h"
 
@@ -32,13 +31,15 @@ void compute_half(const Runs& x, const Tensor& out, double negative_slope) {
   out.scalar_type() == at::kFloat ? compute<T, float>(x, out, negative_slope) : compute<T, T>(x, out, negative_slope);
 }
 
+}  // namespace
+
 Tensor rescale_multipliers(const Tensor& multipliers, const Tensor& inputs, const Tensor& reference,
                            double negative_slope) {
   const char* op = "rescale_multipliers";
   refuse_grad(op, multipliers, inputs, reference);
   check_elementwise(op, multipliers, inputs, reference);
   const c10::cuda::CUDAGuard guard(inputs.device());
-  const Tensor out = at::empty_like(multipliers);
+  const Tensor out = fastcam::empty_like(multipliers);
   if (out.numel() == 0) return out;
   const Runs x = as_runs(out, multipliers, inputs, reference);
   switch (inputs.scalar_type()) {
@@ -51,9 +52,5 @@ Tensor rescale_multipliers(const Tensor& multipliers, const Tensor& inputs, cons
   }
   return out;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CUDA, m) { m.impl("rescale_multipliers", rescale_multipliers); }
 
 }  // namespace fastcam::cuda

@@ -1,17 +1,15 @@
 // Binding of similarity_weights.cuh to PyTorch.
 #include "cuda/similarity_weights.cuh"
 
-#include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cuda/tensors.h"
 #include "similarity_weights.h"
 
 namespace fastcam::cuda {
-namespace {
 
 using at::Tensor;
 
@@ -22,8 +20,8 @@ std::tuple<Tensor, Tensor, Tensor> similarity_weights(const Tensor& first, const
   const auto parsed_weighting = parse_similarity_weighting(weighting);
   const c10::cuda::CUDAGuard guard(first.device());
   const auto options = first.options().dtype(accumulation_dtype(first.scalar_type()));
-  const Tensor contributions = at::empty({batch, channels}, options), weights = at::empty({batch, channels}, options);
-  const Tensor total = at::empty({batch}, options);
+  const Tensor contributions = fastcam::empty({batch, channels}, options), weights = fastcam::empty({batch, channels}, options);
+  const Tensor total = fastcam::empty({batch}, options);
   const Tensor u = dense_rows(first), v = dense_rows(second);
   by_element_type("similarity_weights", u, [&](auto zero) {
     using T = decltype(zero);
@@ -38,9 +36,5 @@ std::tuple<Tensor, Tensor, Tensor> similarity_weights(const Tensor& first, const
   });
   return {contributions, weights, total};
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CUDA, m) { m.impl("similarity_weights", similarity_weights); }
 
 }  // namespace fastcam::cuda

@@ -1,10 +1,10 @@
 // How the CUDA bindings read tensors: one dense memory order for all tensors of a call.
 #pragma once
 
-#include <ATen/ATen.h>
 
 #include <tuple>
 
+#include "aten.h"
 #include "cuda/common.cuh"
 #include "ops.h"
 
