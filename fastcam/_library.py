@@ -44,6 +44,9 @@ SCHEMAS = {
         "(Tensor images, Tensor features, SymInt start=0, SymInt? count=None, *, Tensor? noise=None, float scale=1.0, "
         'str order="resize_then_minmax") -> Tensor'
     ),
+    # (B,C,H,W), (1|B,C,1|H,1|W), (B,H,W), (S,) -> (B,S,C,H,W) in the images' dtype, images one after the other, each
+    # channels_last where the images are and are not also contiguous, else contiguous.
+    "perturb_by_rank": ("(Tensor images, Tensor baseline, Tensor ranks, Tensor counts, *, bool keep=False) -> Tensor"),
     # (B,...), the same, and the same or (1,...) -> as empty_like(multipliers): their dtype and, if dense, strides.
     "rescale_multipliers": (
         "(Tensor multipliers, Tensor inputs, Tensor reference, float negative_slope=0.0) -> Tensor"

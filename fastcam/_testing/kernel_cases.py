@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,11 +22,12 @@ __all__ = [
     "LAYOUTS", "LFI_CHECKS", "RELEVANCE_CHECKS", "RULES", "TERMS", "WEIGHTINGS", "cam_map_oracle",
     "channel_weights_oracle", "check_cam_map", "check_channel_weights", "check_lfi_attend",
     "check_lfi_attend_backward", "check_lfi_mask", "check_lfi_mask_backward", "check_mask_by_features",
-    "check_relevance_add", "check_relevance_budgets", "check_relevance_combine", "check_relevance_divide",
-    "check_relevance_equilibrium", "check_relevance_split", "check_rescale_multipliers", "check_similarity_weights",
-    "features_like", "lfi_arguments", "lfi_attend_oracle", "lfi_mask_oracle", "mask_by_features_oracle",
-    "relevance_arguments", "relevance_combine_oracle", "relevance_equilibrium_oracle", "relevance_split_oracle",
-    "rescale_multipliers_oracle", "similarity_weights_oracle",
+    "check_perturb_by_rank", "check_relevance_add", "check_relevance_budgets", "check_relevance_combine",
+    "check_relevance_divide", "check_relevance_equilibrium", "check_relevance_split", "check_rescale_multipliers",
+    "check_similarity_weights", "features_like", "lfi_arguments", "lfi_attend_oracle", "lfi_mask_oracle",
+    "mask_by_features_oracle", "perturb_by_rank_oracle", "relevance_arguments", "relevance_combine_oracle",
+    "relevance_equilibrium_oracle", "relevance_split_oracle", "rescale_multipliers_oracle",
+    "similarity_weights_oracle",
 ]  # fmt: skip
 
 #: name -> function that returns the same values in another memory layout
@@ -194,6 +196,31 @@ def check_mask_by_features(got: Tensor, images: Tensor, *arguments: Any, **optio
     last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
     assert got.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     _within(got, want, error, "masked images")
+
+
+def perturb_by_rank_oracle(
+    images: Tensor, baseline: Tensor, ranks: Tensor, counts: Tensor, *, keep: bool = False
+) -> np.ndarray:
+    """The perturbed images as words of their own width, pixel by pixel."""
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[images.dtype.itemsize]
+    x, base = (t.cpu().contiguous().view(bits).numpy() for t in (images, baseline))
+    base = np.broadcast_to(base, x.shape)
+    result = np.empty((len(x), len(counts), *x.shape[1:]), x.dtype)
+    for b, step in np.ndindex(*result.shape[:2]):
+        reached = ranks[b].cpu().long().numpy() < int(counts[step])
+        result[b, step] = np.where(reached != keep, base[b], x[b])
+    return result
+
+
+def check_perturb_by_rank(got: Tensor, images: Tensor, *arguments: Any, **options: Any) -> None:
+    """Shape, dtype, layout and every bit of the perturbed images for these arguments of the op."""
+    want = torch.from_numpy(perturb_by_rank_oracle(images, *arguments, **options))
+    assert (got.dtype, got.shape) == (images.dtype, want.shape)
+    last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+    assert got.flatten(0, 1).is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    differ = got.cpu().contiguous().view(want.dtype) != want
+    first = differ.nonzero()[:1].tolist()
+    assert not first, f"{int(differ.sum())} of {differ.numel()} values differ, first {first}"
 
 
 def rescale_multipliers_oracle(
