@@ -92,7 +92,8 @@ def extensions() -> list[Extension]:
     # -fopenmp at compile only: without it at::parallel_for is serial, with it at link a second OpenMP runtime loads.
     # -Wno-psabi: vector types cross only always_inline functions, which have no ABI.
     # -g0: Python was built with -g, and debug information of templates costs a third of the compile time.
-    cxx = ["-O3", "-g0", "-fopenmp", "-Wno-psabi", "-fvisibility=hidden", "-Wall"]
+    # -fno-math-errno: with it a square root is an instruction, which loops can have for whole vectors.
+    cxx = ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-Wno-psabi", "-fvisibility=hidden", "-Wall"]
     cxx += os.environ.get("FASTCAM_BUILD_FLAGS", "").split()
     flags = {"cxx": cxx}
     if cuda:

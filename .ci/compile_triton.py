@@ -150,6 +150,15 @@ def relevance_budgets_calls():
         yield (x,), {}
 
 
+def perturb_by_rank_calls():
+    for dtype, last, plain, keep in itertools.product(DTYPES[:2] + DTYPES[3:], *[(False, True)] * 3):
+        memory_format = torch.channels_last if last else torch.contiguous_format
+        x = torch.empty(2, 3, 224, 224, dtype=dtype, memory_format=memory_format)
+        for ranks in (torch.int32, torch.int64):
+            order, counts = torch.empty(2, 224, 224, dtype=ranks), torch.empty(50, dtype=torch.int64)
+            yield (x, x[:1, :, :1, :1] if plain else x, order, counts), {"keep": keep}
+
+
 def relevance_equilibrium_calls():
     for x, thrice, budgets in relevance_tensors():
         yield (x, budgets, thrice), {}
@@ -206,7 +215,7 @@ def lfi_attend_backward_calls():
 LAUNCHED = (
     "_reduce", "_collect", "_write", "_finish", "_measure", "_multiply", "_rescale", "_divide", "_divide_among",
     "_split", "_add_chunk", "_equilibrium", "_count", "_combine", "_mask", "_mask_gradient", "_scale", "_raise",
-    "_map_gradient", "_share_out", "_weigh_similarity",
+    "_map_gradient", "_share_out", "_weigh_similarity", "_perturb",
 )  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MODES = ("mean", "sum", "xgrad", "grad_cam_pp")
@@ -215,6 +224,7 @@ CALLS = {
     "cam_map": cam_map_calls,
     "channel_weights": channel_weights_calls,
     "mask_by_features": mask_by_features_calls,
+    "perturb_by_rank": perturb_by_rank_calls,
     "rescale_multipliers": rescale_multipliers_calls,
     "relevance_divide": relevance_divide_calls,
     "relevance_add": relevance_add_calls,

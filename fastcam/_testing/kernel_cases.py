@@ -198,6 +198,24 @@ def check_mask_by_features(got: Tensor, images: Tensor, *arguments: Any, **optio
     _within(got, want, error, "masked images")
 
 
+def perturb_arguments(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    layout: str = "contiguous",
+    plain: bool = True,
+    ranks: torch.dtype = torch.int64,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(images, baseline, ranks with ties, counts) of perturb_by_rank; a NaN in each of the images and the baseline."""
+    b, c, h, w = shape
+    images = features_like(shape, dtype, 1)
+    baseline = features_like((1, c, 1, 1) if plain else shape, dtype, 2)
+    images[0, 0, 0, 0], baseline[0, -1, 0, 0] = torch.nan, torch.nan
+    order = torch.rand((b, h * w), generator=torch.Generator().manual_seed(3)).argsort().view(b, h, w)
+    counts = torch.tensor([h * w // 2, 0, 1, h * w, h * w // 3, 2**40, -1, h * w - 1, 2, 5])
+    base = baseline if plain else LAYOUTS[layout](baseline)
+    return LAYOUTS[layout](images), base, (order - order % 2).to(ranks), counts
+
+
 def perturb_by_rank_oracle(
     images: Tensor, baseline: Tensor, ranks: Tensor, counts: Tensor, *, keep: bool = False
 ) -> np.ndarray:

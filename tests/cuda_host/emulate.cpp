@@ -6,6 +6,7 @@
 #include "cuda/lfi_mask.cuh"
 #include "cuda/lfi_mask_backward.cuh"
 #include "cuda/mask_by_features.cuh"
+#include "cuda/perturb_by_rank.cuh"
 #include "cuda/relevance_add.cuh"
 #include "cuda/relevance_budgets.cuh"
 #include "cuda/relevance_combine.cuh"
@@ -81,6 +82,24 @@ int mask_by(bool wide_features, const void* images, const void* features, const 
             const int64_t* sizes, const int64_t* strides, double scale, const int* flags) {
   const auto run = wide_features ? mask_by_features<T, Accumulate<T>> : mask_by_features<T, T>;
   return run(images, features, noise, out, sizes, strides, scale, flags);
+}
+
+template <typename E, typename R>
+int perturb_by_rank(const void* const* in, const int64_t* counts, void* out, const int64_t* sizes, const int* flags) {
+  PerturbArgs<E, R> x = {};
+  x.images = static_cast<const E*>(in[0]), x.baseline = static_cast<const E*>(in[1]);
+  x.ranks = static_cast<const R*>(in[2]), x.counts = counts, x.out = static_cast<E*>(out);
+  x.batch = sizes[0], x.steps = sizes[1], x.baseline_image = sizes[4];
+  x.channels = unsigned(sizes[2]), x.pixels = unsigned(sizes[3]);
+  x.plain = flags[0], x.channels_last = flags[1], x.keep = flags[2];
+  return run_perturb_by_rank(x, nullptr);
+}
+
+template <typename E>
+int perturb_by(bool wide_ranks, const void* const* in, const int64_t* counts, void* out, const int64_t* sizes,
+               const int* flags) {
+  return wide_ranks ? perturb_by_rank<E, int64_t>(in, counts, out, sizes, flags)
+                    : perturb_by_rank<E, int32_t>(in, counts, out, sizes, flags);
 }
 
 template <typename T, typename G>
@@ -234,6 +253,16 @@ EXPORT int emulate_mask_by_features(int dtype, bool wide_features, const void* i
                                     const void* noise, void* out, const int64_t* sizes, const int64_t* strides,
                                     double scale, const int* flags) {
   BY_DTYPE(mask_by, wide_features, images, features, noise, out, sizes, strides, scale, flags)
+}
+
+// `in`: images, baseline, ranks. `sizes`: images, steps, channels, pixels, elements from one baseline to the next.
+EXPORT int emulate_perturb_by_rank(int width, bool wide_ranks, const void* const* in, const int64_t* counts, void* out,
+                                   const int64_t* sizes, const int* flags) {
+  switch (width) {
+    case 8: return perturb_by<uint64_t>(wide_ranks, in, counts, out, sizes, flags);
+    case 4: return perturb_by<uint32_t>(wide_ranks, in, counts, out, sizes, flags);
+    default: return perturb_by<uint16_t>(wide_ranks, in, counts, out, sizes, flags);
+  }
 }
 
 EXPORT int emulate_rescale_multipliers(int dtype, bool wide, const void* multipliers, const void* inputs,

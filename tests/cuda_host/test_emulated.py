@@ -23,10 +23,12 @@ from fastcam._testing.kernel_cases import (
     check_cam_map,
     check_channel_weights,
     check_mask_by_features,
+    check_perturb_by_rank,
     check_rescale_multipliers,
     check_similarity_weights,
     features_like,
     lfi_arguments,
+    perturb_arguments,
     relevance_arguments,
 )
 
@@ -120,6 +122,24 @@ def mask_by_features(
     )  # fmt: skip
     assert status == 0
     return out
+
+
+def perturb_by_rank(kernels, images, baseline, ranks, counts, *, keep=False):
+    """For dense images; a plain baseline has one pixel."""
+    channels_last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    b, c, h, w = images.shape
+    shape = (b * len(counts), c, h, w)
+    out = torch.empty(shape, dtype=images.dtype, memory_format=layout).fill_(torch.nan)
+    plain = baseline.shape[2:] == (1, 1)
+    base = baseline.contiguous() if plain else baseline.contiguous(memory_format=layout)
+    status = kernels.emulate_perturb_by_rank(
+        images.element_size(), ranks.dtype == torch.int64, pointers(images, base, ranks), pointer(counts),
+        pointer(out), ints(ctypes.c_int64, b, len(counts), c, h * w, 0 if len(base) == 1 else base[0].numel()),
+        ints(ctypes.c_int, plain, channels_last, keep),
+    )  # fmt: skip
+    assert status == 0
+    return out.unflatten(0, (b, -1))
 
 
 def rescale_multipliers(kernels, multipliers, inputs, reference, negative_slope=0.0):
@@ -592,6 +612,25 @@ LFI_SHAPES = [
     (2, 1, 3, 5),
     (3, 67, 1, 1),
 ]
+
+
+# Whole packs and partial ones, one pixel, many channels, several blocks of an image.
+@pytest.mark.parametrize("ranks", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (1, 3, 5, 7), (3, 1, 1, 1), (1, 20, 4, 4), (1, 3, 33, 40)], ids=str)
+def test_perturb_by_rank(kernels, shape, layout, dtype, ranks):
+    for plain, keep in itertools.product((False, True), repeat=2):
+        arguments = perturb_arguments(shape, dtype, layout, plain, ranks)
+        check_perturb_by_rank(perturb_by_rank(kernels, *arguments, keep=keep), *arguments, keep=keep)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_perturb_by_rank_off_the_pack_alignment_and_with_one_baseline_for_all(kernels, layout):
+    images, baseline, ranks, counts = perturb_arguments((2, 3, 4, 8), torch.float32, layout, False)
+    shifted = torch.cat([ranks.new_zeros(1), ranks.flatten()])[1:].view(ranks.shape)
+    for given in ((images, baseline[:1], ranks, counts), (images, baseline[1:], shifted, counts[:3])):
+        check_perturb_by_rank(perturb_by_rank(kernels, *given), *given)
 
 
 @pytest.mark.parametrize("dtype", ALL, ids=str)

@@ -1,0 +1,102 @@
+// perturb_by_rank on CPUs: blocks of pixels, the leaves of perturb_by_rank_leaves.h, registration.
+//
+// A task is (image, block of pixels) and makes its block of every step, so that image, baseline and ranks come from memory
+// once and from the cache after that.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <memory>
+
+#include "cpu/layout.h"
+#include "cpu/perturb_by_rank_leaves.h"
+#include "cpu/result_memory.h"
+#include "perturb_by_rank.h"
+
+namespace fastcam::cpu {
+namespace {
+
+using at::Tensor;
+
+constexpr int64_t kBlockBytes = 16 << 10;  // of a channel (NCHW) or of all channels: image, baseline and mask stay in L2
+
+struct Problem {
+  Images images;
+  Tensor baseline, ranks, counts, out;  // dense, in the order of the result
+  bool channels_last, keep;
+  int64_t channels, pixels;
+};
+
+// `pixels` pixels of a plain baseline.
+template <typename E>
+void spread(const E* values, int64_t channels, int64_t pixels, bool channels_last, E* to) {
+  if (channels_last) {
+    for (int64_t p = 0; p < pixels; ++p) std::copy_n(values, channels, to + p * channels);
+  } else {
+    for (int64_t c = 0; c < channels; ++c) std::fill_n(to + c * pixels, pixels, values[c]);
+  }
+}
+
+template <typename E, typename R>
+void compute(const Problem& x) {
+  const int64_t batch = x.ranks.size(0), steps = x.counts.size(0), size = x.channels * x.pixels;
+  const int64_t most = std::max<int64_t>(1, kBlockBytes / int64_t(sizeof(E)) / (x.channels_last ? x.channels : 1));
+  const int64_t block = std::min(most, x.pixels), blocks = (x.pixels + block - 1) / block;
+  const int64_t repeats = x.channels_last ? x.channels : 1, rows = x.channels_last ? 1 : x.channels;
+  const bool plain = is_plain(x.baseline);
+  const auto* baselines = static_cast<const E*>(x.baseline.const_data_ptr());
+  const auto* ranks = static_cast<const R*>(x.ranks.const_data_ptr());
+  const auto* counts = static_cast<const int64_t*>(x.counts.const_data_ptr());
+  auto* out = static_cast<E*>(x.out.mutable_data_ptr());
+  at::parallel_for(0, batch * blocks, grain(block * x.channels * steps), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<E[]> mask(new E[block * repeats]), values(new E[plain ? block * x.channels : 1]);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / blocks, first = task % blocks * block, pixels = std::min(block, x.pixels - first);
+      const E* image = x.images.at<E>(b) + first * (x.channels_last ? x.images.row : 1);
+      const E* own = baselines + (x.baseline.size(0) == 1 ? 0 : b) * (plain ? x.channels : size);
+      if (plain) spread(own, x.channels, pixels, x.channels_last, values.get());
+      const E* baseline = plain ? values.get() : own + first * repeats;
+      const int64_t image_row = x.images.row, baseline_row = plain ? pixels : x.pixels;
+      ReachedArgs<E, R> reached = {ranks + b * x.pixels + first, 0, pixels, mask.get(), repeats};
+      ChoiceArgs<E> choice = {x.keep ? image : baseline, x.keep ? baseline : image, mask.get(), nullptr, rows,
+                              pixels * repeats, x.keep ? image_row : baseline_row, x.keep ? baseline_row : image_row,
+                              x.pixels};
+      for (int64_t s = 0; s < steps; ++s) {
+        reached.count = counts[s], choice.out = out + (b * steps + s) * size + first * repeats;
+        run<Reached<E, R>>(reached);
+        run<Choice<E>>(choice);
+      }
+    }
+  });
+}
+
+template <typename E>
+void compute(const Problem& x) {
+  x.ranks.scalar_type() == at::kInt ? compute<E, int32_t>(x) : compute<E, int64_t>(x);
+}
+
+Tensor perturb_by_rank(const Tensor& images, const Tensor& baseline, const Tensor& ranks, const Tensor& counts, bool keep) {
+  check_perturb_by_rank(images, baseline, ranks, counts);
+  const int64_t steps = counts.size(0);
+  Problem x;
+  x.out = empty_result({images.size(0), steps, images.size(1), images.size(2), images.size(3)}, step_strides(images, steps),
+                       images.scalar_type());
+  if (x.out.numel() == 0) return x.out;
+  x.channels_last = is_channels_last(images), x.keep = keep;
+  x.images = as_images(images, x.channels_last);
+  x.baseline = dense_baseline(baseline, images), x.ranks = ranks.contiguous(), x.counts = counts.contiguous();
+  x.channels = images.size(1), x.pixels = images.size(2) * images.size(3);
+  switch (images.element_size()) {
+    case 8: compute<int64_t>(x); break;
+    case 4: compute<int32_t>(x); break;
+    default: compute<int16_t>(x); break;
+  }
+  return x.out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastcam, CPU, m) { m.impl("perturb_by_rank", perturb_by_rank); }
+
+}  // namespace fastcam::cpu
