@@ -47,10 +47,7 @@ def _perturb(
     out += (image * steps + first) * size + at
     for step in range(first, min(first + STEPS, steps)):
         reached = rank < tl.load(counts + step)
-        if KEEP:
-            chosen = tl.where(reached, value, base)
-        else:
-            chosen = tl.where(reached, base, value)
+        chosen = tl.where(reached, value, base) if KEEP else tl.where(reached, base, value)
         tl.store(out, chosen, mask=inside)
         out += size
 

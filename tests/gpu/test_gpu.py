@@ -208,6 +208,28 @@ def test_small_bare_op_takes_its_keywords(implementation):
     check_mask_by_features(got, images, features, 1, 2, **options)
 
 
+perturb_by_rank = fastcam.ops.perturb_by_rank
+
+
+@pytest.mark.parametrize("ranks", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("plain", [False, True])
+def test_small_perturb_by_rank_layouts_and_dtypes(implementation, plain, layout, dtype, ranks):
+    arguments = [x.cuda() for x in perturb_arguments((2, 3, 12, 14), dtype, "contiguous", plain, ranks)]
+    arguments[0] = LAYOUTS[layout](arguments[0])
+    for keep in (False, True):
+        check_perturb_by_rank(perturb_by_rank(*arguments, keep=keep), *arguments, keep=keep)
+
+
+@pytest.mark.parametrize("layout", NATIVE)
+@pytest.mark.parametrize("shape", [(2, 3, 224, 224), (1, 512, 7, 7), (3, 1, 1, 1), (2, 3, 33, 17)], ids=str)
+def test_perturb_by_rank(implementation, shape, layout):
+    images, *others = (x.cuda() for x in perturb_arguments(shape, torch.float32))
+    images = LAYOUTS[layout](images)
+    check_perturb_by_rank(perturb_by_rank(images, *others), images, *others)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("slope", [0.0, 0.01])
