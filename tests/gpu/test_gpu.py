@@ -17,10 +17,12 @@ from fastcam._testing.kernel_cases import (
     check_cam_map,
     check_channel_weights,
     check_mask_by_features,
+    check_perturb_by_rank,
     check_rescale_multipliers,
     check_similarity_weights,
     features_like,
     lfi_arguments,
+    perturb_arguments,
     relevance_arguments,
 )
 from fastcam.backends import implementation as implementation_of
