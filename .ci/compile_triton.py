@@ -150,6 +150,14 @@ def relevance_budgets_calls():
         yield (x,), {}
 
 
+def overlay_calls():
+    for dtype, last, wide, signed in itertools.product(DTYPES, *[(False, True)] * 3):
+        memory_format = torch.channels_last if last else torch.contiguous_format
+        x = torch.empty(2, 3, 224, 224, dtype=dtype, memory_format=memory_format)
+        maps = torch.empty(2, 5, 224, 224, dtype=acc(dtype) if wide else dtype)
+        yield (x, maps, torch.empty(256, 3, dtype=acc(dtype)), 0.8, signed), {"mean": [0.5], "std": [0.5]}
+
+
 def perturb_by_rank_calls():
     for dtype, last, plain, keep in itertools.product(DTYPES[:2] + DTYPES[3:], *[(False, True)] * 3):
         memory_format = torch.channels_last if last else torch.contiguous_format
@@ -215,7 +223,7 @@ def lfi_attend_backward_calls():
 LAUNCHED = (
     "_reduce", "_collect", "_write", "_finish", "_measure", "_multiply", "_rescale", "_divide", "_divide_among",
     "_split", "_add_chunk", "_equilibrium", "_count", "_combine", "_mask", "_mask_gradient", "_scale", "_raise",
-    "_map_gradient", "_share_out", "_weigh_similarity", "_perturb",
+    "_map_gradient", "_share_out", "_weigh_similarity", "_perturb", "_overlay",
 )  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MODES = ("mean", "sum", "xgrad", "grad_cam_pp")
@@ -224,6 +232,7 @@ CALLS = {
     "cam_map": cam_map_calls,
     "channel_weights": channel_weights_calls,
     "mask_by_features": mask_by_features_calls,
+    "overlay": overlay_calls,
     "perturb_by_rank": perturb_by_rank_calls,
     "rescale_multipliers": rescale_multipliers_calls,
     "relevance_divide": relevance_divide_calls,

@@ -44,6 +44,11 @@ SCHEMAS = {
         "(Tensor images, Tensor features, SymInt start=0, SymInt? count=None, *, Tensor? noise=None, float scale=1.0, "
         'str order="resize_then_minmax") -> Tensor'
     ),
+    # (B,3|1,H,W), (B[,T],H,W), (L,3) -> contiguous uint8 (B[,T],H,W,3).
+    "overlay": (
+        "(Tensor images, Tensor maps, Tensor table, float alpha=0.8, bool signed=False, *, float[]? mean=None, "
+        "float[]? std=None) -> Tensor"
+    ),
     # (B,C,H,W), (1|B,C,1|H,1|W), (B,H,W), (S,) -> (B,S,C,H,W) in the images' dtype, images one after the other, each
     # channels_last where the images are and are not also contiguous, else contiguous.
     "perturb_by_rank": ("(Tensor images, Tensor baseline, Tensor ranks, Tensor counts, *, bool keep=False) -> Tensor"),

@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastcam import ops
+from fastcam._dtypes import ACCUMULATION, accumulation_dtype
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -32,21 +35,11 @@ def to_pixels(images: Tensor, *, mean: Sequence[float] | None = None, std: Seque
     The result is contiguous and on the images' device. Errors: ValueError for another channel count, for images that
     need mean and std but came without, and for one of them alone; TypeError for images that are not floating point.
     """
-    if not images.is_floating_point():
-        raise TypeError(f"images must be floating point, got {images.dtype}")
-    if images.ndim < 3 or images.shape[-3] not in (1, 3):
-        raise ValueError(f"images must be (...,3,H,W) or (...,1,H,W), got {tuple(images.shape)}")
-    if (mean is None) != (std is None):
-        raise ValueError(f"give both mean and std or neither, got mean={mean}, std={std}")
+    _check_images(images, mean, std)
     values = images.detach().float()
     if mean is not None and std is not None:
         scale, shift = (torch.tensor(tuple(each), device=values.device).view(-1, 1, 1) for each in (std, mean))
         values = values * scale + shift
-    elif values.numel() and (values.amin() < -0.01 or values.amax() > 1.01):
-        low, high = values.amin().item(), values.amax().item()
-        raise ValueError(
-            f"images must lie in [0,1], got {low:.3g} to {high:.3g}; normalised images need mean= and std="
-        )
     pixels = values.expand(*values.shape[:-3], 3, *values.shape[-2:]).movedim(-3, -1)
     return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).contiguous()
 
@@ -75,18 +68,24 @@ def overlay(
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0,1], got {alpha}")
     signed = _is_signed(colormap)
-    values = maps.detach().float().to(images.device)
+    _check_images(images, mean, std)
     lowest = -1 if signed else 0
-    if not bool(((values >= lowest - 1e-3) & (values <= 1 + 1e-3)).all()):
-        cure = "" if signed else "; a signed map needs a signed colormap such as 'coolwarm'"
-        low, high = values.amin().item(), values.amax().item()
-        raise ValueError(f"{colormap!r} shows maps in [{lowest},1], got {low:.3g} to {high:.3g}{cure}")
-    values = values.clamp(lowest, 1)
-    table = torch.tensor(_colours(colormap), device=values.device)
-    place = (values - lowest) / (1 - lowest) * (len(table) - 1)
-    opacity = (alpha * values.abs().sqrt()).unsqueeze(-1)
-    base = to_pixels(images, mean=mean, std=std).float()
-    return (base + opacity * (table[place.round().long()] - base)).round().to(torch.uint8)
+    if maps.numel():
+        low, high = (extreme.item() for extreme in maps.detach().aminmax())
+        if not (low >= lowest - 1e-3 and high <= 1 + 1e-3):
+            cure = "" if signed else "; a signed map needs a signed colormap such as 'coolwarm'"
+            raise ValueError(f"{colormap!r} shows maps in [{lowest},1], got {low:.3g} to {high:.3g}{cure}")
+    pixels = images.detach() if images.dtype in ACCUMULATION else images.detach().float()
+    acc = accumulation_dtype(pixels.dtype)
+    values = maps.detach().to(pixels.device, maps.dtype if maps.dtype in (pixels.dtype, acc) else acc)
+    if images.ndim == 5 and images.stride(1) == 0:  # maps of one image
+        pixels = pixels[:, 0]
+    else:
+        pixels, values = pixels.reshape(-1, *pixels.shape[-3:]), values.reshape(-1, *values.shape[-2:])
+    table = _table(colormap, acc, pixels.device)
+    numbers = {k: None if v is None else [float(n) for n in v] for k, v in (("mean", mean), ("std", std))}
+    found = ops.overlay(pixels, values, table, float(alpha), signed, **numbers)
+    return found.view(*maps.shape, 3)
 
 
 def outline(pixels: Tensor, mask: Tensor, *, dim: float = 0.35, colour: Sequence[int] = (255, 255, 255)) -> Tensor:
@@ -210,6 +209,21 @@ def _check_pixels(pixels: Tensor) -> None:
         raise ValueError(f"pixels must be uint8 (H,W,3), got {pixels.dtype} {tuple(pixels.shape)}")
 
 
+def _check_images(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    if not images.is_floating_point():
+        raise TypeError(f"images must be floating point, got {images.dtype}")
+    if images.ndim < 3 or images.shape[-3] not in (1, 3):
+        raise ValueError(f"images must be (...,3,H,W) or (...,1,H,W), got {tuple(images.shape)}")
+    if (mean is None) != (std is None):
+        raise ValueError(f"give both mean and std or neither, got mean={mean}, std={std}")
+    if mean is None and images.numel():
+        low, high = (extreme.item() for extreme in images.detach().aminmax())
+        if low < -0.01 or high > 1.01:
+            raise ValueError(
+                f"images must lie in [0,1], got {low:.3g} to {high:.3g}; normalised images need mean= and std="
+            )
+
+
 def _is_signed(colormap: str) -> bool:
     if colormap not in COLORMAPS:
         close = difflib.get_close_matches(colormap, COLORMAPS, 1)
@@ -226,6 +240,11 @@ def _colours(colormap: str) -> tuple[tuple[float, ...], ...]:
     except ImportError as error:
         raise ImportError("colormaps need matplotlib: pip install 'fastcam[viz]'") from error
     return tuple(tuple(255 * channel for channel in colormaps[colormap](step)[:3]) for step in range(256))
+
+
+@lru_cache(maxsize=4 * len(COLORMAPS))
+def _table(colormap: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(_colours(colormap), dtype=dtype, device=device)
 
 
 def _pillow() -> tuple[Any, Any, Any]:

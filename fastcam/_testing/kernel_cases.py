@@ -11,6 +11,7 @@ eps of their factors and one rounding to the result's type.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,12 +23,12 @@ __all__ = [
     "LAYOUTS", "LFI_CHECKS", "RELEVANCE_CHECKS", "RULES", "TERMS", "WEIGHTINGS", "cam_map_oracle",
     "channel_weights_oracle", "check_cam_map", "check_channel_weights", "check_lfi_attend",
     "check_lfi_attend_backward", "check_lfi_mask", "check_lfi_mask_backward", "check_mask_by_features",
-    "check_perturb_by_rank", "check_relevance_add", "check_relevance_budgets", "check_relevance_combine",
-    "check_relevance_divide", "check_relevance_equilibrium", "check_relevance_split", "check_rescale_multipliers",
-    "check_similarity_weights", "features_like", "lfi_arguments", "lfi_attend_oracle", "lfi_mask_oracle",
-    "mask_by_features_oracle", "perturb_by_rank_oracle", "relevance_arguments", "relevance_combine_oracle",
-    "relevance_equilibrium_oracle", "relevance_split_oracle", "rescale_multipliers_oracle",
-    "similarity_weights_oracle",
+    "check_overlay", "check_perturb_by_rank", "check_relevance_add", "check_relevance_budgets",
+    "check_relevance_combine", "check_relevance_divide", "check_relevance_equilibrium", "check_relevance_split",
+    "check_rescale_multipliers", "check_similarity_weights", "features_like", "lfi_arguments", "lfi_attend_oracle",
+    "lfi_mask_oracle", "mask_by_features_oracle", "overlay_arguments", "perturb_arguments", "perturb_by_rank_oracle",
+    "relevance_arguments", "relevance_combine_oracle", "relevance_equilibrium_oracle", "relevance_split_oracle",
+    "rescale_multipliers_oracle", "similarity_weights_oracle",
 ]  # fmt: skip
 
 #: name -> function that returns the same values in another memory layout
@@ -196,6 +197,56 @@ def check_mask_by_features(got: Tensor, images: Tensor, *arguments: Any, **optio
     last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
     assert got.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
     _within(got, want, error, "masked images")
+
+
+def overlay_arguments(
+    shape: Sequence[int], dtype: torch.dtype, layout: str = "contiguous", targets: int = 0, signed: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(images, maps, table of 37 colours) of overlay: values in and out of range, zeros, NaN and infinity."""
+    b, _, h, w = shape
+    images = 0.6 * features_like(shape, dtype, 1) + 0.5
+    maps = features_like((b, targets, h, w) if targets else (b, h, w), dtype, 2) * 0.7
+    maps = maps if signed else maps.abs()
+    maps[..., 0, :2] = 0
+    for x in (images, maps):
+        for i, value in enumerate((torch.nan, torch.inf, -torch.inf)):
+            x.view(-1)[5 * i + 3 :: 97] = value
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    table = 255 * torch.rand((37, 3), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    return LAYOUTS[layout](images), LAYOUTS[layout](maps), table.to(acc)
+
+
+def check_overlay(
+    got: Tensor, images: Tensor, maps: Tensor, table: Tensor, alpha: float = 0.8, signed: bool = False, *,
+    mean: Sequence[float] | None = None, std: Sequence[float] | None = None,
+) -> None:  # fmt: skip
+    """Shape, dtype, layout and every byte for these arguments of the op.
+
+    Three numbers are rounded on the way, the pixel, the entry and the result: where rounding errors could have put one
+    of them on either side of a half, both are right.
+    """
+    assert (got.dtype, got.shape) == (torch.uint8, (*maps.shape, 3))
+    assert got.is_contiguous()
+    eps = torch.finfo(torch.float64 if images.dtype == torch.float64 else torch.float32).eps
+    x, m, colours = (t.cpu().double().numpy() for t in (images, maps, table))
+    scale, shift = (np.array(v or d, dtype=float).reshape(1, -1, 1, 1) for v, d in ((std, 1.0), (mean, 0.0)))
+    with np.errstate(invalid="ignore"):
+        x = np.broadcast_to(x * scale + shift, (len(x), 3, *x.shape[2:]))
+        wobble = 255 * eps * (4 * np.abs(np.clip(np.nan_to_num(x), -2, 2)) + 4 * np.abs(shift))
+    pixel = np.moveaxis(255 * np.clip(np.where(np.isnan(x), 0, x), 0, 1), 1, -1)
+    wobble = np.moveaxis(np.broadcast_to(wobble, x.shape), 1, -1)
+    if m.ndim == 4:
+        pixel, wobble = pixel[:, None], wobble[:, None]
+    lowest = -1.0 if signed else 0.0
+    value = np.clip(np.where(np.isnan(m), 0, m), lowest, 1)
+    place, opacity = (value - lowest) / (1 - lowest) * (len(colours) - 1), (alpha * np.sqrt(np.abs(value)))[..., None]
+    found, good = got.cpu().numpy(), np.zeros(got.shape, bool)
+    for pixel_side, place_side in itertools.product((-1, 1), repeat=2):
+        p = np.rint(pixel + pixel_side * wobble)
+        colour = colours[np.clip(np.rint(place + place_side * 4 * eps * len(colours)), 0, len(colours) - 1).astype(int)]
+        want = np.clip(p + opacity * (colour - p), 0, 255)
+        good |= np.abs(found - want) <= 0.5 + 255 * 8 * eps
+    assert good.all(), f"{(~good).sum()} of {good.size} bytes differ, first {np.argwhere(~good)[0].tolist()}"
 
 
 def perturb_arguments(

@@ -9,6 +9,7 @@ from fastcam.ops.channel_weights import channel_weights
 from fastcam.ops.lfi_attend import lfi_attend
 from fastcam.ops.lfi_mask import lfi_mask
 from fastcam.ops.mask_by_features import mask_by_features
+from fastcam.ops.overlay import overlay
 from fastcam.ops.perturb_by_rank import perturb_by_rank
 from fastcam.ops.relevance_add import relevance_add
 from fastcam.ops.relevance_budgets import relevance_budgets
@@ -26,6 +27,7 @@ __all__ = [
     "lfi_attend",
     "lfi_mask",
     "mask_by_features",
+    "overlay",
     "perturb_by_rank",
     "relevance_add",
     "relevance_budgets",

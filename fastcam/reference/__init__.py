@@ -7,6 +7,7 @@ from fastcam.reference.lfi_attend_backward import lfi_attend_backward
 from fastcam.reference.lfi_mask import lfi_mask
 from fastcam.reference.lfi_mask_backward import lfi_mask_backward
 from fastcam.reference.mask_by_features import mask_by_features
+from fastcam.reference.overlay import overlay
 from fastcam.reference.perturb_by_rank import perturb_by_rank
 from fastcam.reference.relevance_add import relevance_add
 from fastcam.reference.relevance_budgets import relevance_budgets
@@ -25,6 +26,7 @@ __all__ = [
     "lfi_mask",
     "lfi_mask_backward",
     "mask_by_features",
+    "overlay",
     "perturb_by_rank",
     "relevance_add",
     "relevance_budgets",

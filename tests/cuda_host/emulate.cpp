@@ -6,6 +6,7 @@
 #include "cuda/lfi_mask.cuh"
 #include "cuda/lfi_mask_backward.cuh"
 #include "cuda/mask_by_features.cuh"
+#include "cuda/overlay.cuh"
 #include "cuda/perturb_by_rank.cuh"
 #include "cuda/relevance_add.cuh"
 #include "cuda/relevance_budgets.cuh"
@@ -82,6 +83,25 @@ int mask_by(bool wide_features, const void* images, const void* features, const 
             const int64_t* sizes, const int64_t* strides, double scale, const int* flags) {
   const auto run = wide_features ? mask_by_features<T, Accumulate<T>> : mask_by_features<T, T>;
   return run(images, features, noise, out, sizes, strides, scale, flags);
+}
+
+template <typename T, typename M>
+int overlay(const void* const* in, void* out, const int64_t* sizes, const double* numbers, bool interleaved) {
+  using A = Accumulate<T>;
+  OverlayArgs<T, M> x = {};
+  x.images = static_cast<const T*>(in[0]), x.maps = static_cast<const M*>(in[1]), x.table = static_cast<const A*>(in[2]);
+  x.out = static_cast<uint8_t*>(out), x.batch = sizes[0], x.targets = sizes[1];
+  x.channels = unsigned(sizes[2]), x.pixels = unsigned(sizes[3]), x.interleaved = interleaved;
+  const auto at = [&](int i) { return A(numbers[i]); };
+  x.numbers = {{at(3), at(4), at(5)}, {at(6), at(7), at(8)}, at(0), at(1), A(1) - at(1), at(2)};
+  return run_overlay(x, nullptr);
+}
+
+template <typename T>
+int overlay_by(bool wide_maps, const void* const* in, void* out, const int64_t* sizes, const double* numbers,
+               bool interleaved) {
+  const auto run = wide_maps ? overlay<T, Accumulate<T>> : overlay<T, T>;
+  return run(in, out, sizes, numbers, interleaved);
 }
 
 template <typename E, typename R>
@@ -253,6 +273,13 @@ EXPORT int emulate_mask_by_features(int dtype, bool wide_features, const void* i
                                     const void* noise, void* out, const int64_t* sizes, const int64_t* strides,
                                     double scale, const int* flags) {
   BY_DTYPE(mask_by, wide_features, images, features, noise, out, sizes, strides, scale, flags)
+}
+
+// `in`: images, maps, table. `sizes`: images, maps an image, channels, pixels. `numbers`: alpha, lowest value, last entry,
+// scales, shifts.
+EXPORT int emulate_overlay(int dtype, bool wide_maps, const void* const* in, void* out, const int64_t* sizes,
+                           const double* numbers, bool interleaved) {
+  BY_DTYPE(overlay_by, wide_maps, in, out, sizes, numbers, interleaved)
 }
 
 // `in`: images, baseline, ranks. `sizes`: images, steps, channels, pixels, elements from one baseline to the next.

@@ -23,11 +23,13 @@ from fastcam._testing.kernel_cases import (
     check_cam_map,
     check_channel_weights,
     check_mask_by_features,
+    check_overlay,
     check_perturb_by_rank,
     check_rescale_multipliers,
     check_similarity_weights,
     features_like,
     lfi_arguments,
+    overlay_arguments,
     perturb_arguments,
     relevance_arguments,
 )
@@ -119,6 +121,21 @@ def mask_by_features(
         pointer(out), ints(ctypes.c_int64, count, start, k, h, w, *images.shape[2:], images.shape[1]),
         ints(ctypes.c_int64, *features.stride()), ctypes.c_double(scale),
         ints(ctypes.c_int, order == "minmax_then_resize", channels_last),
+    )  # fmt: skip
+    assert status == 0
+    return out
+
+
+def overlay(kernels, images, maps, table, alpha=0.8, signed=False, *, mean=(0.0,), std=(1.0,)):
+    """For contiguous maps and dense images."""
+    interleaved = not images.is_contiguous()
+    b, c, h, w = images.shape
+    out = torch.zeros((*maps.shape, 3), dtype=torch.uint8)
+    numbers = [alpha, -1.0 if signed else 0.0, len(table) - 1, *(std * 3)[:3], *(mean * 3)[:3]]
+    status = kernels.emulate_overlay(
+        DTYPES[images.dtype], maps.dtype != images.dtype, pointers(images, maps, table), pointer(out),
+        ints(ctypes.c_int64, b, maps.shape[1] if maps.dim() == 4 else 1, c, h * w), ints(ctypes.c_double, *numbers),
+        interleaved,
     )  # fmt: skip
     assert status == 0
     return out
@@ -612,6 +629,19 @@ LFI_SHAPES = [
     (2, 1, 3, 5),
     (3, 67, 1, 1),
 ]
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (1, 3, 5, 7), (1, 3, 1, 1), (1, 3, 33, 40)], ids=str)
+def test_overlay(kernels, shape, layout, dtype):
+    for targets, signed in itertools.product((0, 2), (False, True)):
+        images, maps, table = overlay_arguments(shape, dtype, targets=targets, signed=signed)
+        images = LAYOUTS[layout](images)
+        options = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+        for given, more in (((images, maps), {}), ((images[:, :1].contiguous(), maps.to(table.dtype)), options)):
+            arguments = (*given, table, 0.7, signed)
+            check_overlay(overlay(kernels, *arguments, **more), *arguments, **more)
 
 
 # Whole packs and partial ones, one pixel, many channels, several blocks of an image.

@@ -17,11 +17,13 @@ from fastcam._testing.kernel_cases import (
     check_cam_map,
     check_channel_weights,
     check_mask_by_features,
+    check_overlay,
     check_perturb_by_rank,
     check_rescale_multipliers,
     check_similarity_weights,
     features_like,
     lfi_arguments,
+    overlay_arguments,
     perturb_arguments,
     relevance_arguments,
 )
@@ -208,6 +210,19 @@ def test_small_bare_op_takes_its_keywords(implementation):
     options = {"noise": values((2, 20, 20), seed=3), "scale": 0.5, "order": "minmax_then_resize"}
     got = torch.ops.fastcam.mask_by_features(images, features, 1, 2, **options)
     check_mask_by_features(got, images, features, 1, 2, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(2, 3, 12, 14), (1, 3, 33, 17), (1, 3, 224, 224)], ids=str)
+def test_small_overlay(implementation, shape, layout, dtype):
+    options = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+    for targets, signed in ((0, False), (3, True)):
+        images, maps, table = (x.cuda() for x in overlay_arguments(shape, dtype, "contiguous", targets, signed))
+        images, maps = LAYOUTS[layout](images), LAYOUTS[layout](maps.unsqueeze(1)).squeeze(1)
+        for given, more in (((images, maps), {}), ((images[:, :1], maps.to(table.dtype)), options)):
+            arguments = (*given, table, 0.7, signed)
+            check_overlay(fastcam.ops.overlay(*arguments, **more), *arguments, **more)
 
 
 perturb_by_rank = fastcam.ops.perturb_by_rank
