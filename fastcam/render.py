@@ -82,7 +82,7 @@ def overlay(
         pixels = pixels[:, 0]
     else:
         pixels, values = pixels.reshape(-1, *pixels.shape[-3:]), values.reshape(-1, *values.shape[-2:])
-    table = _table(colormap, acc, pixels.device)
+    table = _colours(colormap).to(pixels.device, acc)
     numbers = {k: None if v is None else [float(n) for n in v] for k, v in (("mean", mean), ("std", std))}
     found = ops.overlay(pixels, values, table, float(alpha), signed, **numbers)
     return found.view(*maps.shape, 3)
@@ -233,18 +233,13 @@ def _is_signed(colormap: str) -> bool:
 
 
 @lru_cache(maxsize=len(COLORMAPS))
-def _colours(colormap: str) -> tuple[tuple[float, ...], ...]:
-    """The colormap's 256 colours in [0,255]."""
+def _colours(colormap: str) -> Tensor:
+    """The colormap's 256 colours in [0,255], (256,3) float64 on the CPU."""
     try:
         from matplotlib import colormaps
     except ImportError as error:
         raise ImportError("colormaps need matplotlib: pip install 'fastcam[viz]'") from error
-    return tuple(tuple(255 * channel for channel in colormaps[colormap](step)[:3]) for step in range(256))
-
-
-@lru_cache(maxsize=4 * len(COLORMAPS))
-def _table(colormap: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(_colours(colormap), dtype=dtype, device=device)
+    return 255 * torch.tensor([colormaps[colormap](step)[:3] for step in range(256)], dtype=torch.float64)
 
 
 def _pillow() -> tuple[Any, Any, Any]:
