@@ -50,15 +50,23 @@ def features_like(shape: Sequence[int], dtype: torch.dtype, seed: int = 0, devic
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(device, dtype)
 
 
-def _interpolation(inner: int, outer: int) -> Tensor:
-    """(outer, inner) matrix of bilinear interpolation along one axis, align_corners=False."""
-    matrix = torch.zeros(outer, inner, dtype=torch.float64)
-    for row in range(outer):
-        at = max((row + 0.5) * inner / outer - 0.5, 0.0)
-        low = min(int(at), inner - 1)
-        matrix[row, low] += 1 - (at - low)
-        matrix[row, min(low + 1, inner - 1)] += at - low
-    return matrix
+def _resized(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Maps (...,h,w) at another size: bilinear, align_corners=False."""
+    rows, columns = (
+        [_tap(at, inner, outer) for at in range(outer)] for inner, outer in zip(maps.shape[-2:], size, strict=True)
+    )
+    top, low, down = (torch.tensor(x, dtype=torch.float64) for x in zip(*rows, strict=True))
+    left, right, across = (torch.tensor(x, dtype=torch.float64) for x in zip(*columns, strict=True))
+    upper, lower = (maps[..., x.long(), :] for x in (top, low))
+    upper, lower = ((1 - across) * x[..., left.long()] + across * x[..., right.long()] for x in (upper, lower))
+    return (1 - down[:, None]) * upper + down[:, None] * lower
+
+
+def _tap(row: int, inner: int, outer: int) -> tuple[int, int, float]:
+    """The two source rows that a row mixes, and the share of the second."""
+    at = max((row + 0.5) * inner / outer - 0.5, 0.0)
+    low = min(int(at), inner - 1)
+    return low, min(low + 1, inner - 1), at - low
 
 
 def cam_map_oracle(
@@ -73,7 +81,7 @@ def cam_map_oracle(
     height, width = raw.shape[-2:]
     u = raw
     if size is not None and tuple(size) != (height, width):
-        u = _interpolation(height, size[0]) @ raw @ _interpolation(width, size[1]).T
+        u = _resized(raw, size)
     magnitude = products.abs().sum(-3).flatten(-2).amax(-1)
     if not normalize:
         return u, raw, finite, magnitude
@@ -165,12 +173,11 @@ def mask_by_features_oracle(
     (_, _, height, width), (b, k, h, w) = x.shape, f.shape
     count = b * k - start if count is None else count
     eps = torch.finfo(torch.float64 if images.dtype == torch.float64 else torch.float32).eps
-    down, right = _interpolation(h, height), _interpolation(w, width)
     results, errors = torch.empty(2, count, *x.shape[1:], dtype=torch.float64)
     for row in range(count):
         image, channel = divmod(start + row, k)
         raw = f[image, channel]
-        u = down @ raw @ right.T
+        u = _resized(raw, (height, width))
         extent, resized_extent = (v.max() - v.min() for v in (raw, u))
         # Source coordinates are rounded too, by eps times the map's size: values move by at most the extent a position.
         moved = 4 * eps * max(h, w) * extent + 8 * eps * raw.abs().max()
@@ -181,7 +188,8 @@ def mask_by_features_oracle(
         elif order == "resize_then_minmax":
             mask, error = (u - u.min()) / resized_extent, float(moved / resized_extent) + 4 * eps
         else:
-            mask, error = down @ ((raw - raw.min()) / extent) @ right.T, (4 * max(h, w) + 8) * eps
+            mask = _resized((raw - raw.min()) / extent, (height, width))
+            error = (4 * max(h, w) + 8) * eps
         added = torch.zeros_like(u) if noise is None else noise[row].cpu().double()
         results[row] = x[image] * scale * (mask + added)
         errors[row] = (x[image] * scale).abs() * (error + 4 * eps * (mask.abs() + added.abs()))
