@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable
 from typing import Any
 
@@ -12,25 +11,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastcam._testing.ops import arranged, make, to_float64
+from fastcam._testing.ops import to_float64
 
 __all__ = [
-    "SHAPES",
     "assert_elementwise",
     "assert_fresh",
     "assert_refuses_grad",
     "assert_repeatable",
     "elementwise",
     "every_combination",
-    "fuzzed",
     "quotient",
     "with_zeros",
 ]
 
-SHAPES = [
-    (1, 1), (3, 10), (4, 257), (2, 5, 8), (2, 20, 16), (2, 3, 5, 7), (3, 20, 4, 4), (1, 5, 3, 3), (2, 64, 1, 1),
-    (2, 4, 3, 5, 6), (1, 2, 3, 1, 2),
-]  # fmt: skip
 ODD = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1.0, -1.0, 0.5, -3.0)
 
 
@@ -124,10 +117,3 @@ def with_zeros(x: Tensor, seed: int, share: float = 0.1) -> Tensor:
     """x with zeros here and there, in its own layout."""
     generator = torch.Generator().manual_seed(seed)
     return x.masked_fill_(torch.rand(x.shape, generator=generator) < share, 0)
-
-
-def fuzzed(rng: random.Random, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
-    """Tensors of these shapes with some zeros, one dtype and, half of the time, unlike layouts."""
-    seed = rng.randrange(2**31)
-    tensors = [with_zeros(make(shape, dtype, seed + i), seed + i) for i, shape in enumerate(shapes)]
-    return [arranged(x, rng) for x in tensors] if rng.random() < 0.5 else tensors

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -115,36 +113,6 @@ def test_sizes(backend, k, h, w, layout):
 def test_resize_up_down_and_identity(backend, size):
     check(make((2, 5, 7, 9), torch.float32, 7), make((2, 5), torch.float32, 8), relu=False, size=size)
     check(make((2, 5, 7, 9), torch.float64, 7), make((2, 3, 5), torch.float64, 8), size=size, normalize=False)
-
-
-def fuzz_case(seed: int) -> None:
-    """One random call; a failure is repeated with fuzz_case(seed)."""
-    rng = random.Random(seed)
-    b, t, k = rng.choice([1, 2, 3]), rng.choice([None, 1, 2, 6, 13]), rng.choice([1, 3, 16, 63, 65, 300])
-    h, w = rng.choice([(1, 1), (7, 7), (1, 5), (13, 17), (14, 14), (3, 64), (40, 33)])
-    dtype, layout = rng.choice(DTYPES), lambda: rng.choice(list(LAYOUTS))
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    features = make((b, k, h, w), dtype, seed, layout())
-    reference = make((rng.choice([1, b]), k, h, w), dtype, seed + 1, layout()) if rng.random() < 0.5 else None
-    lead = (b,) if t is None else (b, t)
-    positional = rng.random() < 0.4
-    shape = (*lead, k, h, w) if positional else (*lead, k)
-    weights = make(shape, rng.choice([dtype, acc]), seed + 2, layout() if positional else "contiguous")
-    size = rng.choice([None, (h, w), (1, 1), (9, 31), (2 * h, 3 * w), (50, 40)])
-    check(features, weights, reference, rng.random() < 0.7, rng.random() < 0.6, size)
-
-
-@pytest.mark.parametrize("seed", range(0, 80, 4))
-def test_fuzz(backend, seed):
-    for offset in range(4):
-        fuzz_case(1000 * (seed + offset))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 2100, 50))
-def test_fuzz_long(backend, seed):
-    for offset in range(50):
-        fuzz_case(1000 * (seed + offset))
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (0, 2, 5), (3, 0, 5), (0, 5, 4, 4), (3, 0, 5, 4, 4)])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -81,32 +79,6 @@ def test_layouts_and_dtypes(backend, targets, layout, dtype):
 def test_sizes(backend, k, h, w, layout):
     features = make((2, k, h, w), torch.float32, 4, layout, offset=0.5)
     check(features, make((2, k, h, w), torch.float32, 5, layout), features.flip(0))
-
-
-def fuzz_case(seed: int) -> None:
-    """One random call; a failure is repeated with fuzz_case(seed)."""
-    rng = random.Random(seed)
-    b, t, k = rng.choice([1, 2]), rng.choice([None, 1, 3]), rng.choice([1, 3, 17, 65, 140])
-    h, w = rng.choice([(1, 1), (7, 7), (1, 5), (8, 8), (3, 33)])
-    dtype, layout = rng.choice(DTYPES), lambda: rng.choice(list(LAYOUTS))
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    features = make((b, k, h, w), dtype, seed, layout(), offset=0.4)
-    reference = make((rng.choice([1, b]), k, h, w), dtype, seed + 1, layout()) if rng.random() < 0.5 else None
-    lead = (b,) if t is None else (b, t)
-    check(features, make((*lead, k, h, w), rng.choice([dtype, acc]), seed + 2, layout()), reference)
-
-
-@pytest.mark.parametrize("seed", range(0, 40, 4))
-def test_fuzz(backend, seed):
-    for offset in range(4):
-        fuzz_case(1000 * (seed + offset))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 600, 50))
-def test_fuzz_long(backend, seed):
-    for offset in range(50):
-        fuzz_case(1000 * (seed + offset))
 
 
 @pytest.mark.parametrize("mode", MODES)

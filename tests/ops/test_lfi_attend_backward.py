@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -102,29 +100,6 @@ def test_constant_maps(backend, shape, layout, constant_map):
     given[6][:] = torch.tensor([0.75, 0.0, 2.0]).view(3, 1, 1, 1)
     given[5][:] = given[6] if constant_map == "raw" else 0
     check(*given)
-
-
-def fuzz_case(seed: int) -> None:
-    """One random call; a failure is repeated with fuzz_case(seed)."""
-    rng = random.Random(seed)
-    b, k = rng.choice([1, 2, 3]), rng.choice([1, 3, 17, 65, 140])
-    h, w = rng.choice([(1, 1), (7, 7), (1, 5), (8, 8), (3, 33), (2, 1)])
-    layouts = rng.choices(list(LAYOUTS), k=2)
-    given = arguments((b, k, h, w), rng.choice(DTYPES), seed, *layouts, rng.random() < 0.5, rng.choice(MAPS))
-    check(*(None if i in (1, 2) and rng.random() < 0.3 else x for i, x in enumerate(given)))
-
-
-@pytest.mark.parametrize("seed", range(0, 40, 4))
-def test_fuzz(backend, seed):
-    for offset in range(4):
-        fuzz_case(1000 * (seed + offset))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 600, 50))
-def test_fuzz_long(backend, seed):
-    for offset in range(50):
-        fuzz_case(1000 * (seed + offset))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

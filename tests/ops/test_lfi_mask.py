@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import numpy as np
 import pytest
 import torch
@@ -65,29 +63,6 @@ def test_layouts_and_dtypes(backend, wide, layout, dtype):
 )
 def test_sizes(backend, k, h, w, layout):
     check(special((2, k, h, w), torch.float32, 3, layout), make((2, 1, h, w), torch.float32, 4))
-
-
-def fuzz_case(seed: int) -> None:
-    """One random call; a failure is repeated with fuzz_case(seed)."""
-    rng = random.Random(seed)
-    b, k = rng.choice([1, 2, 3]), rng.choice([1, 3, 17, 65, 140])
-    h, w = rng.choice([(1, 1), (7, 7), (1, 5), (8, 8), (3, 33), (2, 1)])
-    dtype, layout = rng.choice(DTYPES), lambda: rng.choice(list(LAYOUTS))
-    grey = make((b, 1, h, w), rng.choice([dtype, torch.promote_types(dtype, torch.float32)]), seed + 1, layout())
-    check(special((b, k, h, w), dtype, seed, layout()), grey)
-
-
-@pytest.mark.parametrize("seed", range(0, 40, 4))
-def test_fuzz(backend, seed):
-    for offset in range(4):
-        fuzz_case(1000 * (seed + offset))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 600, 50))
-def test_fuzz_long(backend, seed):
-    for offset in range(50):
-        fuzz_case(1000 * (seed + offset))
 
 
 def test_expanded_features_and_images_inside_others(backend):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,37 +56,6 @@ def test_layouts_and_dtypes(backend, order, layout, dtype):
 )
 def test_sizes(backend, image, maps, order, layout):
     check(make((2, *image), torch.float32, 4, layout), make((2, *maps), torch.float32, 5, layout), order=order)
-
-
-def fuzz_case(seed: int) -> None:
-    """One random call; a failure is repeated with fuzz_case(seed)."""
-    rng = random.Random(seed)
-    b, c, k = rng.choice([1, 2, 3]), rng.choice([1, 2, 3, 4, 17, 33]), rng.choice([1, 2, 5])
-    h, w = rng.choice([(1, 1), (7, 7), (1, 5), (13, 17), (14, 14), (3, 40)])
-    height, width = rng.choice([(h, w), (1, 1), (9, 31), (2 * h, 3 * w), (20, 7), (32, 32)])
-    dtype, layout = rng.choice(DTYPES), lambda: rng.choice(list(LAYOUTS))
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    images = make((b, c, height, width), dtype, seed, layout())
-    features = make((b, k, h, w), rng.choice([dtype, acc]), seed + 1, layout())
-    start = rng.randint(0, b * k)
-    count = rng.choice([None, rng.randint(0, b * k - start)])
-    rows = b * k - start if count is None else count
-    noise = make((rows, height, width), rng.choice([dtype, acc]), seed + 2, layout()) if rng.random() < 0.5 else None
-    options = {"noise": noise, "scale": rng.choice([1.0, 0.1, -2.5]), "order": rng.choice(ORDERS)}
-    check(images, features, start, count, **options)
-
-
-@pytest.mark.parametrize("seed", range(0, 80, 4))
-def test_fuzz(backend, seed):
-    for offset in range(4):
-        fuzz_case(1000 * (seed + offset))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 2100, 50))
-def test_fuzz_long(backend, seed):
-    for offset in range(50):
-        fuzz_case(1000 * (seed + offset))
 
 
 def test_formula_as_packages_write_it(backend):

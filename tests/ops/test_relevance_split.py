@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 
 import numpy as np
 import pytest
@@ -13,13 +12,11 @@ import fastcam
 from fastcam import ops
 from fastcam._testing.ops import DTYPES, LAYOUTS, make
 from fastcam._testing.relevance import (
-    SHAPES,
     assert_elementwise,
     assert_refuses_grad,
     assert_repeatable,
     elementwise,
     every_combination,
-    fuzzed,
     quotient,
     with_zeros,
 )
@@ -86,40 +83,6 @@ def test_layouts_and_dtypes(backend, rule, layout, dtype):
     check(relevance, *layer(shape, dtype, 2, layout), rule=rule)
     factor = make(shape, dtype, 3, layout)
     check(make(shape, dtype, 4), *layer(shape, dtype, 5, layout), factor, rule=rule, first=0.25, epsilon=0.0)
-
-
-def fuzz_case(seed: int) -> None:
-    """One random call; a failure is repeated with fuzz_case(seed)."""
-    rng = random.Random(seed)
-    shape, dtype = rng.choice(SHAPES), rng.choice(DTYPES)
-    relevance, output, positive, factor = fuzzed(rng, [shape] * 4, dtype)
-    if rng.random() < 0.7:
-        found = layer(shape, dtype, seed)
-        output, positive = output.copy_(found[0]), positive.copy_(found[1])
-    else:
-        positive.abs_()
-        output.copy_(torch.minimum(output, positive))
-    if rng.random() < 0.2:
-        relevance = relevance[:1].expand(shape)
-    numbers = {
-        "first": rng.choice([0.0, 1.0, 2.0, rng.uniform(0, 10)]),
-        "second": rng.choice([0.0, 1.0, rng.uniform(0, 10)]),
-        "epsilon": rng.choice([0.0, 1e-9, 1e-6, 0.25, rng.uniform(0, 10)]),
-    }
-    check(relevance, output, positive, rng.choice([None, factor]), rule=rng.choice(RULES), **numbers)
-
-
-@pytest.mark.parametrize("seed", range(0, 120, 8))
-def test_fuzz(backend, seed):
-    for offset in range(8):
-        fuzz_case(1000 * (seed + offset))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(200, 2200, 100))
-def test_fuzz_long(backend, seed):
-    for offset in range(100):
-        fuzz_case(1000 * (seed + offset))
 
 
 def both_signs(seed):
