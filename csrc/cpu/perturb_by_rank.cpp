@@ -1,7 +1,8 @@
 // perturb_by_rank on CPUs: blocks of pixels, the leaves of perturb_by_rank_leaves.h, registration.
 //
-// A task is (image, block of pixels) and makes its block of every step, so that image, baseline and ranks come from memory
-// once and from the cache after that.
+// A task is (image, block of pixels, group of steps): its part of the image, the baseline and the ranks comes from memory for
+// the first step of the group and from the cache for the others. Blocks are as large as that allows, since long runs are
+// written faster than many short ones.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -19,7 +20,9 @@ namespace {
 
 using at::Tensor;
 
-constexpr int64_t kBlockBytes = 16 << 10;  // of a channel (NCHW) or of all channels: image, baseline and mask stay in L2
+constexpr int64_t kBlockBytes = 640 << 10;  // of an image: it stays in L2 or, with a baseline of all pixels, just beyond
+constexpr int64_t kSteps = 8;
+constexpr size_t kStreamed = size_t{32} << 20;  // bytes of a result that no cache keeps until it is read
 
 struct Problem {
   Images images;
@@ -41,18 +44,22 @@ void spread(const E* values, int64_t channels, int64_t pixels, bool channels_las
 template <typename E, typename R>
 void compute(const Problem& x) {
   const int64_t batch = x.ranks.size(0), steps = x.counts.size(0), size = x.channels * x.pixels;
-  const int64_t most = std::max<int64_t>(1, kBlockBytes / int64_t(sizeof(E)) / (x.channels_last ? x.channels : 1));
+  const int64_t most = std::max<int64_t>(1, kBlockBytes / (int64_t(sizeof(E)) * x.channels));
   const int64_t block = std::min(most, x.pixels), blocks = (x.pixels + block - 1) / block;
+  const int64_t groups = (steps + kSteps - 1) / kSteps;
+  const bool streamed = x.out.nbytes() >= kStreamed;
   const int64_t repeats = x.channels_last ? x.channels : 1, rows = x.channels_last ? 1 : x.channels;
   const bool plain = is_plain(x.baseline);
   const auto* baselines = static_cast<const E*>(x.baseline.const_data_ptr());
   const auto* ranks = static_cast<const R*>(x.ranks.const_data_ptr());
   const auto* counts = static_cast<const int64_t*>(x.counts.const_data_ptr());
   auto* out = static_cast<E*>(x.out.mutable_data_ptr());
-  at::parallel_for(0, batch * blocks, grain(block * x.channels * steps), [&](int64_t begin, int64_t end) {
+  const int64_t work = block * x.channels * std::min(steps, kSteps);
+  at::parallel_for(0, batch * blocks * groups, grain(work), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<E[]> mask(new E[block * repeats]), values(new E[plain ? block * x.channels : 1]);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / blocks, first = task % blocks * block, pixels = std::min(block, x.pixels - first);
+      const int64_t b = task / (blocks * groups), group = task % groups;
+      const int64_t first = task / groups % blocks * block, pixels = std::min(block, x.pixels - first);
       const E* image = x.images.at<E>(b) + first * (x.channels_last ? x.images.row : 1);
       const E* own = baselines + (x.baseline.size(0) == 1 ? 0 : b) * (plain ? x.channels : size);
       if (plain) spread(own, x.channels, pixels, x.channels_last, values.get());
@@ -62,10 +69,10 @@ void compute(const Problem& x) {
       ChoiceArgs<E> choice = {x.keep ? image : baseline, x.keep ? baseline : image, mask.get(), nullptr, rows,
                               pixels * repeats, x.keep ? image_row : baseline_row, x.keep ? baseline_row : image_row,
                               x.pixels};
-      for (int64_t s = 0; s < steps; ++s) {
+      for (int64_t s = group * kSteps; s < std::min(steps, (group + 1) * kSteps); ++s) {
         reached.count = counts[s], choice.out = out + (b * steps + s) * size + first * repeats;
         run<Reached<E, R>>(reached);
-        run<Choice<E>>(choice);
+        streamed ? run<Choice<E, true>>(choice) : run<Choice<E, false>>(choice);
       }
     }
   });

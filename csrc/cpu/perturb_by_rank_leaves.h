@@ -4,6 +4,10 @@
 
 #include "cpu/leaf.h"
 
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#endif
+
 namespace fastcam::cpu {
 
 template <typename E, typename R>
@@ -67,7 +71,20 @@ struct ChoiceArgs {
   int64_t rows, length, reached_row, elsewhere_row, out_row;
 };
 
-template <typename E>
+// A vector to memory past the caches, in pieces that every x86-64 can store so; p is a multiple of 16.
+template <typename V>
+FASTCAM_INLINE void stream(void* p, V v) {
+#if defined(__x86_64__)
+  __m128i pieces[sizeof(V) / 16];
+  std::memcpy(pieces, &v, sizeof(V));
+  for (size_t i = 0; i < sizeof(V) / 16; ++i) _mm_stream_si128(static_cast<__m128i*>(p) + i, pieces[i]);
+#else
+  std::memcpy(p, &v, sizeof(V));
+#endif
+}
+
+// STREAM: for results larger than the caches, which would be read before they are written otherwise.
+template <typename E, bool STREAM>
 struct Choice {
   template <int BYTES>
   static FASTCAM_INLINE void body(const ChoiceArgs<E>& a) {
@@ -76,20 +93,30 @@ struct Choice {
       const E* reached = a.reached + row * a.reached_row;
       const E* elsewhere = a.elsewhere + row * a.elsewhere_row;
       E* out = a.out + row * a.out_row;
-      if (a.length < N) {
-        for (int64_t i = 0; i < a.length; ++i) out[i] = a.mask[i] ? reached[i] : elsewhere[i];
-        continue;
-      }
       int64_t i = 0;
-      for (; i + N <= a.length; i += N) choose<N>(reached, elsewhere, a.mask, out, i);
-      if (i < a.length) choose<N>(reached, elsewhere, a.mask, out, a.length - N);  // some elements once more
+      if constexpr (STREAM) {
+        const int64_t ahead = (64 - reinterpret_cast<uintptr_t>(out) % 64) % 64 / int64_t(sizeof(E));
+        for (; i < smaller(ahead, a.length); ++i) out[i] = a.mask[i] ? reached[i] : elsewhere[i];
+        for (; i + N <= a.length; i += N) stream(out + i, choose<N>(reached, elsewhere, a.mask, i));
+      } else {
+        for (; i + N <= a.length; i += N) store_raw<E, N>(out + i, choose<N>(reached, elsewhere, a.mask, i));
+      }
+      if (i == a.length) continue;
+      if (a.length < N) {
+        for (; i < a.length; ++i) out[i] = a.mask[i] ? reached[i] : elsewhere[i];
+      } else {  // some elements once more
+        store_raw<E, N>(out + a.length - N, choose<N>(reached, elsewhere, a.mask, a.length - N));
+      }
     }
+#if defined(__x86_64__)
+    if constexpr (STREAM) _mm_sfence();
+#endif
   }
 
   template <int N>
-  static FASTCAM_INLINE void choose(const E* reached, const E* elsewhere, const E* mask, E* out, int64_t i) {
+  static FASTCAM_INLINE Vector<E, N> choose(const E* reached, const E* elsewhere, const E* mask, int64_t i) {
     const auto m = load_raw<E, N>(mask + i);
-    store_raw<E, N>(out + i, (load_raw<E, N>(reached + i) & m) | (load_raw<E, N>(elsewhere + i) & ~m));
+    return (load_raw<E, N>(reached + i) & m) | (load_raw<E, N>(elsewhere + i) & ~m);
   }
 };
 
