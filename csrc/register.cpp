@@ -13,6 +13,7 @@ using Maybe = std::optional<Tensor>;
 using Pair = std::tuple<Tensor, Tensor>;
 using Triple = std::tuple<Tensor, Tensor, Tensor>;
 using Name = std::string_view;
+using Numbers = std::optional<at::ArrayRef<double>>;
 
 // (name of the overload, function, result, arguments)
 #define FASTCAM_OPS(OP)                                                                                                 \
@@ -26,6 +27,8 @@ using Name = std::string_view;
   OP("lfi_mask_backward", lfi_mask_backward, Tensor, (const Tensor&, const Tensor&, const Tensor&))                     \
   OP("mask_by_features", mask_by_features, Tensor,                                                                      \
      (const Tensor&, const Tensor&, int64_t, std::optional<int64_t>, const Maybe&, double, Name))                       \
+  OP("overlay", overlay, Tensor, (const Tensor&, const Tensor&, const Tensor&, double, bool, Numbers, Numbers))         \
+  OP("perturb_by_rank", perturb_by_rank, Tensor, (const Tensor&, const Tensor&, const Tensor&, const Tensor&, bool))    \
   OP("relevance_add", relevance_add, Pair, (const Tensor&, const Tensor&, const Tensor&, const Maybe&, double))         \
   OP("relevance_budgets", relevance_budgets, Tensor, (const Tensor&))                                                   \
   OP("relevance_combine", relevance_combine, Tensor, (const Tensor&, const Tensor&, const Tensor&, bool, double))       \

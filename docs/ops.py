@@ -64,9 +64,10 @@ SCHEMAS_OF = {name.partition(".")[0]: name for name in SCHEMAS}  # the last over
 
 
 def registered(op: str, folder: str, ending: str) -> str:
-    """Whether a kernel's source registers the op."""
-    path = ROOT / folder / f"{op}{ending}"
-    there = path.is_file() and (ending == ".py" or f'm.impl("{SCHEMAS_OF[op]}"' in path.read_text())
+    """Whether the op's kernel is there and registered."""
+    there = (ROOT / folder / f"{op}{ending}").is_file()
+    if ending != ".py":
+        there = there and f'OP("{SCHEMAS_OF[op]}", {op},' in (ROOT / "csrc" / "register.cpp").read_text()
     return "yes" if there else "no"
 
 

@@ -1,8 +1,6 @@
-// overlay on CPUs: blocks of pixels, the leaf of overlay_leaves.h, registration.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
+// overlay on CPUs: blocks of pixels, the leaf of overlay_leaves.h.
 
+#include "aten.h"
 #include "cpu/layout.h"
 #include "cpu/overlay_leaves.h"
 #include "cpu/result_memory.h"
@@ -45,10 +43,13 @@ void compute(const Tensor& images, const Tensor& maps, const Tensor& table, cons
              const Numbers& mean, const Numbers& std) {
   using A = Accumulate<S>;
   const auto numbers = overlay_numbers<A>(table, alpha, is_signed, mean, std);
-  const Tensor rows = at::constant_pad_nd(table, {0, 1}).contiguous();  // four numbers a colour
+  const Tensor rows = empty({table.size(0), 4}, table.options());  // the fourth number is never used
+  rows.narrow(1, 0, 3).copy_(table);
   maps.scalar_type() == images.scalar_type() ? compute<S, S>(images, maps, rows, out, numbers)
                                              : compute<S, A>(images, maps, rows, out, numbers);
 }
+
+}  // namespace
 
 Tensor overlay(const Tensor& images, const Tensor& maps, const Tensor& table, double alpha, bool is_signed, Numbers mean,
                Numbers std) {
@@ -67,9 +68,5 @@ Tensor overlay(const Tensor& images, const Tensor& maps, const Tensor& table, do
   }
   return out;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CPU, m) { m.impl("overlay", overlay); }
 
 }  // namespace fastcam::cpu

@@ -1,15 +1,13 @@
-// perturb_by_rank on CPUs: blocks of pixels, the leaves of perturb_by_rank_leaves.h, registration.
+// perturb_by_rank on CPUs: blocks of pixels, the leaves of perturb_by_rank_leaves.h.
 //
 // A task is (image, block of pixels, group of steps): its part of the image, the baseline and the ranks comes from memory for
 // the first step of the group and from the cache for the others. Blocks are as large as that allows, since long runs are
 // written faster than many short ones.
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <memory>
 
+#include "aten.h"
 #include "cpu/layout.h"
 #include "cpu/perturb_by_rank_leaves.h"
 #include "cpu/result_memory.h"
@@ -22,7 +20,7 @@ using at::Tensor;
 
 constexpr int64_t kBlockBytes = 640 << 10;  // of an image: it stays in L2 or, with a baseline of all pixels, just beyond
 constexpr int64_t kSteps = 8;
-constexpr size_t kStreamed = size_t{32} << 20;  // bytes of a result that no cache keeps until it is read
+constexpr size_t kStreamed = size_t{16} << 20;  // bytes of a result that no cache keeps until it is read
 
 struct Problem {
   Images images;
@@ -83,6 +81,8 @@ void compute(const Problem& x) {
   x.ranks.scalar_type() == at::kInt ? compute<E, int32_t>(x) : compute<E, int64_t>(x);
 }
 
+}  // namespace
+
 Tensor perturb_by_rank(const Tensor& images, const Tensor& baseline, const Tensor& ranks, const Tensor& counts, bool keep) {
   check_perturb_by_rank(images, baseline, ranks, counts);
   const int64_t steps = counts.size(0);
@@ -101,9 +101,5 @@ Tensor perturb_by_rank(const Tensor& images, const Tensor& baseline, const Tenso
   }
   return x.out;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CPU, m) { m.impl("perturb_by_rank", perturb_by_rank); }
 
 }  // namespace fastcam::cpu

@@ -1,12 +1,11 @@
 // Binding of overlay.cuh to PyTorch.
 #include "cuda/overlay.cuh"
 
-#include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cuda/tensors.h"
 #include "overlay.h"
 
@@ -28,6 +27,8 @@ void compute(const Tensor& images, const Tensor& maps, const Tensor& table, cons
   C10_CUDA_CHECK(run_overlay(x, c10::cuda::getCurrentCUDAStream().stream()));
 }
 
+}  // namespace
+
 Tensor overlay(const Tensor& images, const Tensor& maps, const Tensor& table, double alpha, bool is_signed, Numbers mean,
                Numbers std) {
   check_overlay(images, maps, table, alpha, mean, std);
@@ -37,7 +38,7 @@ Tensor overlay(const Tensor& images, const Tensor& maps, const Tensor& table, do
   const c10::cuda::CUDAGuard guard(images.device());
   auto shape = maps.sizes().vec();
   shape.push_back(3);
-  const Tensor out = at::empty(shape, images.options().dtype(at::kByte));
+  const Tensor out = empty(shape, images.options().dtype(at::kByte));
   if (out.numel() == 0) return out;
   TORCH_CHECK_VALUE(out.numel() / (3 * images.size(2) * images.size(3)) < limit,
                     "overlay: a call must have fewer than 2^31 maps, got ", maps.sizes());
@@ -52,9 +53,5 @@ Tensor overlay(const Tensor& images, const Tensor& maps, const Tensor& table, do
   });
   return out;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CUDA, m) { m.impl("overlay", overlay); }
 
 }  // namespace fastcam::cuda

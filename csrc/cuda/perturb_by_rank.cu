@@ -1,12 +1,11 @@
 // Binding of perturb_by_rank.cuh to PyTorch.
 #include "cuda/perturb_by_rank.cuh"
 
-#include <ATen/ATen.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
+#include "aten.h"
 #include "cuda/tensors.h"
 #include "perturb_by_rank.h"
 
@@ -28,13 +27,15 @@ void compute(const Tensor& images, const Tensor& baseline, const Tensor& ranks, 
   C10_CUDA_CHECK(run_perturb_by_rank(x, c10::cuda::getCurrentCUDAStream().stream()));
 }
 
+}  // namespace
+
 Tensor perturb_by_rank(const Tensor& images, const Tensor& baseline, const Tensor& ranks, const Tensor& counts, bool keep) {
   check_perturb_by_rank(images, baseline, ranks, counts);
   TORCH_CHECK_VALUE(images.numel() / std::max<int64_t>(1, images.size(0)) < int64_t(1) << 31,
                     "perturb_by_rank: an image must have fewer than 2^31 elements, got ", images.sizes());
   const c10::cuda::CUDAGuard guard(images.device());
   const int64_t steps = counts.size(0);
-  const Tensor out = at::empty_strided({images.size(0), steps, images.size(1), images.size(2), images.size(3)},
+  const Tensor out = empty_strided({images.size(0), steps, images.size(1), images.size(2), images.size(3)},
                                        step_strides(images, steps), images.options());
   if (out.numel() == 0) return out;
   const bool channels_last = is_channels_last(images);
@@ -52,9 +53,5 @@ Tensor perturb_by_rank(const Tensor& images, const Tensor& baseline, const Tenso
   }
   return out;
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CUDA, m) { m.impl("perturb_by_rank", perturb_by_rank); }
 
 }  // namespace fastcam::cuda
