@@ -30,7 +30,7 @@ __all__ = [
     "backends",
     "methods",
 ]
-__all__ += ["metrics", "nn", "ops", "register_relevance_rule", "register_rescale_rule", "relevance"]
+__all__ += ["adapters", "metrics", "nn", "ops", "register_relevance_rule", "register_rescale_rule", "relevance"]
 
 
 def _adopt_checkout_kernels(pkg: str = __name__) -> None:
@@ -54,6 +54,6 @@ _adopt_checkout_kernels()
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("metrics", "nn", "ops", "relevance", "render"):
+    if name in ("adapters", "metrics", "nn", "ops", "relevance", "render"):
         return importlib.import_module(f"fastcam.{name}")
     raise AttributeError(f"module 'fastcam' has no attribute {name!r}")

@@ -15,12 +15,14 @@ from fastcam._network import Network, check_images, nonfinite_message, warn_if_t
 from fastcam.methods import single
 from fastcam.methods._maps import finish
 from fastcam.methods._method import CamOptions, Passage, Pixels
+from fastcam.methods.eigen_cam import smoothed
 from fastcam.program.forward import Backward, Forward, Session
 from fastcam.program.layers import check_spatial
+from fastcam.program.session import CapturedSession
 from fastcam.program.state import neutral_modes
 from fastcam.program.targets import Targets, TargetSpec, resolve_targets
 
-__all__ = ["Attribution", "Explainer", "attribute"]
+__all__ = ["Attribution", "Explainer", "at_layers", "attribute"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,10 +133,13 @@ class Explainer(Network):
 
     def _explain(self, images: torch.Tensor, targets: TargetSpec) -> Attribution:
         by_index = not callable(targets) or isinstance(targets, torch.Tensor)
+        needs = self.options.needed(self.method.needs)
+        passed = self._session(images).forward(images, needs, by_index)
+        return self._explained(images, passed, resolve_targets(targets, passed.output, len(images)))
+
+    def _explained(self, images: torch.Tensor, passed: Forward, resolved: Targets) -> Attribution:
         options = self.options
         needs = options.needed(self.method.needs)
-        passed = self._session(images).forward(images, needs, by_index)
-        resolved = resolve_targets(targets, passed.output, len(images))
         features = passed.features
         if options.reshape_transform is not None:
             features = options.reshape_transform(features)
@@ -143,6 +148,9 @@ class Explainer(Network):
         size = self._map_size(images.shape[2:], images if at_image else features, passed.layer)
         passage = Passage(passed, images, features, resolved, options, self.pixels)
         evidence = self.method.evidence(passage, options)
+        weighted = evidence.projection is None
+        if isinstance(options, CamOptions) and options.eigen_smooth and weighted:
+            evidence = smoothed(passage, evidence)
         relu = isinstance(options, CamOptions) and options.relu
         maps, raw, finite = finish(features, evidence, relu, self.normalize, size, self.method.signed)
         maps, raw, valid = self._check_finite(maps, raw, finite, passed, features, resolved)
@@ -245,6 +253,37 @@ def attribute(
     """
     settings: dict[str, Any] = {"layer": layer, "size": size, "normalize": normalize, "mean": mean, "std": std}
     return Explainer(model, method, **settings, **options)(images, targets)
+
+
+def at_layers(explainers: Sequence[Explainer], images: torch.Tensor, targets: TargetSpec = None) -> list[Attribution]:
+    """The attributions of explainers of one model and method that differ by their layer alone.
+
+    One pass forward and at most one back serve all layers where the method reads features, or features and gradients,
+    of a captured network, and every layer follows from the first of them; otherwise each explainer is called.
+    """
+    first = explainers[0]
+    if len(explainers) == 1 or len(images) == 0 or first.options.needed(first.method.needs) not in _SHARED:
+        return [explainer(images, targets) for explainer in explainers]
+    check_images(images)
+    warn_if_training(first.model)
+    with neutral_modes():
+        images = images.clone() if images.is_inference() else images
+        sessions = [explainer._session(images) for explainer in explainers]
+        captured = [session for session in sessions if isinstance(session, CapturedSession)]
+        passed = None
+        if len(captured) == len(sessions):
+            lowest = min(captured, key=lambda session: session.cut.feature)
+            values = [session.cut.feature for session in captured]
+            gradients = first.options.needed(first.method.needs) == "gradients"
+            passed = lowest.forwards(images, values, [session.layer for session in captured], gradients)
+        if passed is not None:
+            resolved = resolve_targets(targets, passed[0].output, len(images))
+            return [e._explained(images, one, resolved) for e, one in zip(explainers, passed, strict=True)]
+    return [explainer(images, targets) for explainer in explainers]
+
+
+#: What a method may need for `at_layers` to share a pass.
+_SHARED = ("features", "gradients")
 
 
 def _check_pixels(mean: Any, std: Any) -> Pixels:

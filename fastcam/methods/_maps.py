@@ -11,9 +11,11 @@ from fastcam import ops
 
 from ._method import Evidence
 
-__all__ = ["finish", "planar", "positionwise"]
+__all__ = ["finish", "min_max", "planar", "positionwise", "resized"]
 
 Maps = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 def planar(features: torch.Tensor, spatial_rank: int) -> torch.Tensor:
@@ -85,7 +87,7 @@ def _reduce(
         return (maps, raw, finite) if rank == 2 else (maps.squeeze(-2), raw.squeeze(-2), finite)
     _, plane, finite = ops.cam_map_with_raw(flat, weights, base, relu=relu, normalize=False)
     raw = plane.unflatten(-1, features.shape[-2:])
-    maps = raw if size is None else _trilinear(raw, size)
+    maps = raw if size is None else resized(raw, size)
     if normalize:
         rows = maps.flatten(0, -4).flatten(1).unsqueeze(1).unsqueeze(1)
         scaled = ops.cam_map(rows, rows.new_ones((len(rows), 1)), relu=False)
@@ -93,7 +95,17 @@ def _reduce(
     return maps, raw, finite
 
 
-def _trilinear(raw: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    rows = raw.flatten(0, -4).unsqueeze(1)
-    resized = functional.interpolate(rows, size=tuple(size), mode="trilinear", align_corners=False)
-    return resized.reshape(*raw.shape[:-3], *size)
+def resized(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """(..., *spatial) -> (..., *size), linear, bilinear or trilinear with align_corners=False."""
+    rank = len(size)
+    rows = maps.flatten(0, -rank - 1).unsqueeze(1)
+    found = functional.interpolate(rows, size=tuple(size), mode=_MODES[rank], align_corners=False)
+    return found.reshape(*maps.shape[:-rank], *size)
+
+
+def min_max(maps: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """(m - min) / (max - min + epsilon) for each row of (B, *spatial); zeros where a row is constant."""
+    positions = tuple(range(1, maps.ndim))
+    low, high = maps.amin(positions, keepdim=True), maps.amax(positions, keepdim=True)
+    span = high - low
+    return torch.where(span == 0, 0, (maps - low) / torch.where(span == 0, 1, span + epsilon))

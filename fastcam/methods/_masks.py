@@ -21,17 +21,19 @@ class MaskedImages:
     features  (B, K, *its spatial), as many spatial dimensions
     order     "resize_then_minmax" or "minmax_then_resize"
     dtype     of the arithmetic, and of noise
+    align_corners  of the resize, for "resize_then_minmax"
 
     One and two dimensions take the fused op; three, which it does not know, PyTorch's resize.
     """
 
-    def __init__(self, images: Tensor, features: Tensor, order: str):
+    def __init__(self, images: Tensor, features: Tensor, order: str, align_corners: bool = False):
         wide = torch.promote_types(images.dtype, features.dtype)
         self._order = order
+        self._align_corners = align_corners
         self._rank = images.ndim - 2
-        self._size = images.shape[2:]
         if self._rank == 1:
             images, features = images.unsqueeze(-2), features.unsqueeze(-2)
+        self._size = images.shape[2:]
         self._images, self._features = images.to(wide), features.to(wide)
         self.dtype = accumulation_dtype(wide)
 
@@ -49,6 +51,11 @@ class MaskedImages:
             features, start = features.flatten(0, 1)[pairs].unsqueeze(1), 0
         if self._rank == 3:
             return self._volumes(images, features, start, count, noise, scale)
+        if self._align_corners:  # resized here, so that the op has nothing left to resize
+            pairs = torch.arange(start, start + count, device=images.device)
+            images, maps = images[pairs // features.shape[1]], features.flatten(0, 1)[pairs].unsqueeze(1)
+            flat = (maps.amax((-2, -1), keepdim=True) == maps.amin((-2, -1), keepdim=True)).expand(-1, 1, *self._size)
+            features, start = torch.where(flat, 0, self._resized(maps.to(self.dtype)).to(maps.dtype)), 0
         if noise is not None:
             noise = noise.reshape(1, *images.shape[2:]).expand(count, -1, -1)
         found = ops.mask_by_features(images, features, start, count, noise=noise, scale=scale, order=self._order)
@@ -69,7 +76,8 @@ class MaskedImages:
         return (images[pairs // features.shape[1]] * (scale * mask)).to(images.dtype)
 
     def _resized(self, maps: Tensor) -> Tensor:
-        return functional.interpolate(maps, size=self._size, mode="trilinear", align_corners=False)
+        mode = "trilinear" if self._rank == 3 else "bilinear"
+        return functional.interpolate(maps, size=self._size, mode=mode, align_corners=self._align_corners)
 
 
 def _min_max(maps: Tensor, flat: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from fastcam.program.forward import Forward, Needs, Reference, Relevances, score
 from fastcam.program.targets import Targets, class_scores, scores_of
 
 __all__ = ["CamOptions", "Evidence", "Method", "MethodOptions", "PairMethod", "Passage", "Pixels", "Shares"]
+__all__ += ["check_epsilon"]
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,13 @@ class MethodOptions:
 class CamOptions(MethodOptions):
     """Options every CAM-type method takes: those of `MethodOptions`, and
 
-    relu  keep only positive evidence: M -> max(M, 0)
+    relu          keep only positive evidence: M -> max(M, 0)
+    eigen_smooth  M is the first principal component of the weighted maps instead of their sum, as in `eigen_cam`; maps
+                  that are no weighted sum stay as they are
     """
 
     relu: bool = True
+    eigen_smooth: bool = False
 
 
 @dataclass(frozen=True)
@@ -262,6 +266,13 @@ class Shares:
     contributions: Tensor
     weights: Tensor
     score: Tensor
+
+
+def check_epsilon(value: object) -> None:
+    """ValueError unless `value` is None or a finite number of at least 0."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if value is not None and not (number and 0 <= float(value) < float("inf")):  # type: ignore[arg-type]
+        raise ValueError(f"epsilon must be None or a finite number, not negative; got {value!r}")
 
 
 def _options(method: Any, given: dict[str, Any]) -> Any:

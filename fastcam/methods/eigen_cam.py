@@ -11,6 +11,7 @@ from fastcam._dtypes import accumulation_dtype
 from ._method import CamOptions, Evidence, Method, Passage
 
 __all__ = ["EIGEN_CAM", "EIGEN_GRAD_CAM", "EigenOptions", "eigen_cam", "eigen_grad_cam", "first_component"]
+__all__ += ["smoothed"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,21 @@ def eigen_grad_cam(passage: Passage, options: EigenOptions) -> Evidence:
     gradients = passage.gradients()
     features = passage.features.unsqueeze(1) if passage.targets.several else passage.features
     return Evidence(projection=first_component(gradients * features, passage.spatial_rank, options.center))
+
+
+def smoothed(passage: Passage, evidence: Evidence) -> Evidence:
+    """Evidence whose map is the first principal component of the weighted maps, instead of their sum."""
+    features, rank = passage.features, passage.spatial_rank
+    factors = evidence.multipliers
+    if factors is None:
+        assert evidence.weights is not None
+        factors = evidence.weights.reshape(*evidence.weights.shape, *(1,) * rank)
+    if evidence.reference is not None:
+        features = features - evidence.reference
+    product = factors * (features.unsqueeze(1) if passage.targets.several else features)
+    shown = evidence.shown if evidence.shown is not None else evidence.weights
+    found = first_component(product, rank, True)
+    return Evidence(projection=found, shown=shown, delta=evidence.delta, extra=evidence.extra)
 
 
 def first_component(features: torch.Tensor, spatial_rank: int, center: bool) -> torch.Tensor:

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
+
 from fastcam import ops
 
 from ._maps import planar
-from ._method import CamOptions, Evidence, Method, Passage
+from ._method import CamOptions, Evidence, Method, Passage, check_epsilon
 
-__all__ = ["METHOD", "grad_cam_pp"]
+__all__ = ["METHOD", "GradCamPpOptions", "grad_cam_pp"]
 
 
-def grad_cam_pp(passage: Passage, options: CamOptions) -> Evidence:
+@dataclass(frozen=True)
+class GradCamPpOptions(CamOptions):
+    """As `CamOptions`, and
+
+    epsilon  None: exact · a number: a = G^2 / (2 G^2 + S G^3 + epsilon), another map where gradients are small;
+             pytorch-grad-cam's is 1e-6
+    """
+
+    epsilon: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_epsilon(self.epsilon)
+
+
+def grad_cam_pp(passage: Passage, options: GradCamPpOptions) -> Evidence:
     """Channels weighted by their positive gradients, each position by how alone it is.
 
     alpha_k = sum_ij a_k[i,j] relu(G_k[i,j]),  G = d y / d A,  S_k = sum_ij A_k[i,j]
@@ -24,7 +43,13 @@ def grad_cam_pp(passage: Passage, options: CamOptions) -> Evidence:
     Source: Chattopadhay et al., Grad-CAM++, WACV 2018, arXiv 1710.11063, eq. 10 and 19.
     """
     features, gradients = (planar(x, passage.spatial_rank) for x in (passage.features, passage.gradients()))
-    return Evidence(weights=ops.channel_weights(features, gradients, mode="grad_cam_pp"))
+    if options.epsilon is None:
+        return Evidence(weights=ops.channel_weights(features, gradients, mode="grad_cam_pp"))
+    total = features.sum((-2, -1), keepdim=True)
+    total = total.unsqueeze(1) if passage.targets.several else total
+    square = gradients.square()
+    share = torch.where(square != 0, square / (2 * square + total * square * gradients + options.epsilon), 0)
+    return Evidence(weights=(share * gradients.relu()).sum((-2, -1)))
 
 
 METHOD = Method(
@@ -33,4 +58,5 @@ METHOD = Method(
     "arXiv 1710.11063, eq. 10 and 19",
     grad_cam_pp,
     needs="gradients",
+    options=GradCamPpOptions,
 )

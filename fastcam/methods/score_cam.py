@@ -25,22 +25,26 @@ __all__ += ["is_cam", "score_cam", "ss_cam"]
 class ScoreCamOptions(CamOptions):
     """As `CamOptions`, and
 
-    chunk        masked images in one forward pass
-    weight_norm  "softmax" over channels, or "none": the scores themselves. Over raw scores softmax is nearly one-hot on
-                 networks of many channels; a probability as a callable target with "none" is the alternative
-    order        of resizing a feature map to the images' size and min-max scaling it: "resize_then_minmax" or
-                 "minmax_then_resize", whose masks need not reach 0 and 1
+    chunk          masked images in one forward pass
+    weight_norm    "softmax" over channels, or "none": the scores themselves. Over raw scores softmax is nearly one-hot
+                   on networks of many channels; a probability as a callable target with "none" is the alternative
+    align_corners  how feature maps are resized to masks, before they are scaled; pytorch-grad-cam's way is True
+    order          of resizing a feature map to the images' size and min-max scaling it: "resize_then_minmax" or
+                   "minmax_then_resize", whose masks need not reach 0 and 1
     """
 
     chunk: int = 32
     weight_norm: Literal["softmax", "none"] = "softmax"
     order: Literal["resize_then_minmax", "minmax_then_resize"] = "resize_then_minmax"
+    align_corners: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("chunk", self.chunk)
         _check_choice("weight_norm", self.weight_norm, ("softmax", "none"))
         _check_choice("order", self.order, ORDERS)
+        if self.align_corners and self.order != "resize_then_minmax":
+            raise ValueError(f"align_corners=True goes with order='resize_then_minmax'; got order={self.order!r}")
 
 
 @dataclass(frozen=True)
@@ -146,7 +150,7 @@ def _weighted(
     """Scores averaged over `scales`, each with its row of `noise` (n, *spatial), and made into coefficients."""
     images, features = passage.images, passage.features
     batch, channels = features.shape[:2]
-    masked = MaskedImages(images, features, options.order)
+    masked = MaskedImages(images, features, options.order, options.align_corners)
     low, high = torch.aminmax(features.flatten(2), dim=2)
     # No mask changes an image of zeros.
     dark = (images == 0).flatten(1).all(1, keepdim=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .targets import Targets, scores_of
 
-__all__ = ["Backward", "Forward", "Needs", "Reference", "Relevances", "Session", "detached"]
+__all__ = ["Backward", "Forward", "Needs", "Reference", "Relevances", "Session", "SharedGraph", "detached"]
 
 #: What a method will ask a pass for: nothing but features and scores; gradients where they are closed form and nothing
 #: otherwise; gradients; gradients together with those of all biases; DeepLIFT multipliers by the Rescale rule; or by
@@ -155,31 +155,62 @@ class Graph:
     """A recorded head: gradients of scores with respect to its leaf."""
 
     def __init__(self, leaf: Tensor, output: Any, layer: str):
-        self._leaf: Tensor | None = leaf
+        self._leaves: list[Tensor] = [leaf]
         self._output = output
-        self._layer = layer
+        self._layers = [layer]
 
     def gradients(self, targets: Targets, start: Callable[[int], None] | None = None) -> Tensor:
         """One backward pass for each target column, whose number `start` is told; the graph is freed by the last."""
-        leaf = self._leaf
-        if leaf is None:
+        return self._all_gradients(targets, start)[0]
+
+    def _all_gradients(self, targets: Targets, start: Callable[[int], None] | None = None) -> list[Tensor]:
+        leaves = self._leaves
+        if not leaves:
             raise RuntimeError("the gradients of this pass have been taken already")
         found = []
         columns = columns_of(targets)
         for number, column in enumerate(columns):
             with torch.enable_grad():
-                score = scores_of(self._output, targets, column, leaf.shape[0], self._layer).sum()
+                score = scores_of(self._output, targets, column, len(leaves[0]), self._layers[0]).sum()
             if not score.requires_grad:
-                raise RuntimeError(f"the score does not depend on layer '{self._layer}'")
+                raise RuntimeError(f"the score does not depend on layer '{self._layers[0]}'")
             keep = number + 1 < len(columns)
             if start is not None:
                 start(number)
-            (gradient,) = torch.autograd.grad(score, leaf, retain_graph=keep, allow_unused=True)
-            if gradient is None:
-                raise RuntimeError(f"the score does not depend on layer '{self._layer}'")
-            found.append(gradient)
-        self._output = self._leaf = None
-        return torch.stack(found, dim=1) if targets.several else found[0]
+            gradients = torch.autograd.grad(score, leaves, retain_graph=keep, allow_unused=True)
+            for gradient, layer in zip(gradients, self._layers, strict=True):
+                if gradient is None:
+                    raise RuntimeError(f"the score does not depend on layer '{layer}'")
+            found.append(gradients)
+        self._output, self._leaves = None, []
+        return [torch.stack(one, dim=1) if targets.several else one[0] for one in zip(*found, strict=True)]
+
+
+class SharedGraph(Graph):
+    """A recorded head with several leaves, the first above all others: one pass back serves all."""
+
+    def __init__(self, leaves: Sequence[Tensor], output: Any, layers: Sequence[str]):
+        super().__init__(leaves[0], output, layers[0])
+        self._leaves, self._layers = list(leaves), list(layers)
+        self._found: list[Tensor] = []
+
+    def parts(self) -> list[Graph]:
+        """A graph for each leaf; they must be asked for the same targets."""
+        return [_Part(self, number) for number in range(len(self._leaves))]
+
+    def part(self, number: int, targets: Targets) -> Tensor:
+        if not self._found:
+            self._found = self._all_gradients(targets)
+        return self._found[number]
+
+
+class _Part(Graph):
+    def __init__(self, whole: SharedGraph, number: int):
+        self._whole = whole
+        self._number = number
+
+    def gradients(self, targets: Targets, start: Callable[[int], None] | None = None) -> Tensor:
+        return self._whole.part(self._number, targets)
 
 
 def columns_of(targets: Targets) -> list[int | None]:

@@ -15,7 +15,19 @@ from .biases import BiasedGraph, Visit
 from .capture import Program
 from .cut import Cut, cut
 from .execute import Weights
-from .forward import Backward, Forward, Graph, Needs, Reference, Relevances, Session, columns_of, detached, score_slopes
+from .forward import (
+    Backward,
+    Forward,
+    Graph,
+    Needs,
+    Reference,
+    Relevances,
+    Session,
+    SharedGraph,
+    columns_of,
+    detached,
+    score_slopes,
+)
 from .layers import find_layer
 from .multipliers import Recorded, one_for_all
 from .nodes import Ref
@@ -175,6 +187,38 @@ class CapturedSession(Session):
             self, features, detached(output), entering, graph=Graph(leaf, scored, self.layer), walked=walked
         )
 
+    def forwards(
+        self, images: Tensor, values: Sequence[int], layers: Sequence[str], gradients: bool
+    ) -> list[CapturedForward] | None:
+        """One pass at several values, with `gradients` ready for those at all of them by one pass back; None where one
+        of them does not follow from this cut's feature map.
+
+        values  indices in the program, this cut's own and later ones;  layers  their names
+        """
+        if not set(values) <= self.cut.program.descendants(self.cut.feature):
+            return None
+        held = self._trunk(images)
+        with neutral_modes():
+            entering = self.cut.entering(held)
+            found: dict[int, Tensor] = {}
+
+            def keep(index: int) -> None:
+                if index in values:
+                    found[index] = held[index]
+
+            with torch.set_grad_enabled(gradients):
+                first = held[self.cut.feature].detach().requires_grad_(gradients)
+                held[self.cut.feature] = found[self.cut.feature] = first
+                self.cut.head_graph.run(held, watch=keep)
+                output = self.cut.program.result(held)
+        parts: list[Graph] = SharedGraph([found[index] for index in values], output, layers).parts()
+        return [
+            CapturedForward(
+                self, found[index].detach(), detached(output), entering, graph=part if gradients else None, layer=layer
+            )
+            for index, part, layer in zip(values, parts, layers, strict=True)
+        ]
+
     def pull_back(self, features: Tensor, slopes: Tensor, rows: Tensor, made_of: Callable[[Tensor], Tensor]) -> Tensor:
         """What is made of d <slopes, output> / d features, for images `rows` (R,) of `features` (N, K, *spatial).
 
@@ -272,9 +316,11 @@ class CapturedForward(Forward):
         recorded: Recorded | None = None,
         walk: SignedWalk | None = None,
         walked: tuple[RelevanceWalk, Passed] | None = None,
+        layer: str | None = None,
     ):
         uniform = affine is not None and affine.uniform
         super().__init__(session, features, output, linear=affine is not None, uniform=uniform)
+        self.layer = layer or session.layer
         self._entering = entering
         self._affine = affine
         self._graph = graph

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
 from collections.abc import Callable, Iterator
@@ -90,3 +91,42 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+def _outside(net: nn.Module) -> dict[str, object]:
+    """What a user can see of a model, by name."""
+    seen: dict[str, object] = {}
+    for name, module in net.named_modules():
+        hooks = {key: len(value) for key, value in vars(module).items() if key.endswith("_hooks")}
+        seen[name] = id(module), module.training, sorted(vars(module)), hooks, list(module._modules)
+    for name, p in net.named_parameters():
+        seen[f"{name} (parameter)"] = id(p), p.requires_grad, id(p.grad), p.detach().clone().numpy().tobytes()
+    for name, b in net.named_buffers():
+        seen[f"{name} (buffer)"] = id(b), b.clone().numpy().tobytes()
+    return seen
+
+
+@pytest.fixture
+def untouched() -> Callable[..., contextlib.AbstractContextManager[None]]:
+    """`with untouched(model, *tensors)`: model, tensors, grad mode and random state are the same after the block, and
+    after an error in it too."""
+
+    @contextlib.contextmanager
+    def watch(net: nn.Module, *tensors: torch.Tensor) -> Iterator[None]:
+        before, state = _outside(net), torch.get_rng_state()
+        copies = [(t.clone(), t.requires_grad, t.grad) for t in tensors]
+        mode = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        try:
+            yield
+        finally:
+            after = _outside(net)
+            assert after.keys() == before.keys()
+            assert [name for name in before if before[name] != after[name]] == []
+            assert torch.equal(torch.get_rng_state(), state)
+            assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == mode
+            for tensor, (copied, required, gradient) in zip(tensors, copies, strict=True):
+                assert torch.equal(tensor, copied)
+                assert tensor.requires_grad == required
+                assert tensor.grad is gradient
+
+    return watch
