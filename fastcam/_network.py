@@ -127,7 +127,7 @@ class Network:
             if asked
         ]
         if unmet:
-            raise RuntimeError(
+            raise CaptureError(
                 f"{' and '.join(unmet)} needs a captured network, but {reason}; "
                 "methods by gradients at a layer, like 'grad_cam', do without"
             )

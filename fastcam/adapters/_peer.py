@@ -54,7 +54,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
     parameters = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     for p, _, _ in parameters:
         p.grad = None
-    modules = [(m, dict(m._modules), _hooks(m)) for m in model.modules()]
+    modules = [(m, dict(vars(m)), dict(m._modules), _hooks(m)) for m in model.modules()]
     try:
         with exclusive, evaluating(model), keeping_buffers(model), torch.inference_mode(False), torch.enable_grad():
             yield
@@ -62,7 +62,10 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for parameter, requires, gradient in parameters:
             parameter.requires_grad_(requires)
             parameter.grad = gradient
-        for module, children, hooks in modules:
+        for module, attributes, children, hooks in modules:
+            for name in [name for name in vars(module) if name not in attributes]:
+                del vars(module)[name]
+            vars(module).update(attributes)
             module._modules.clear()
             module._modules.update(children)
             for name, kept in hooks.items():

@@ -26,12 +26,14 @@ class DeepLiftOptions(MethodOptions):
                           explained ones are (which cannot be checked), or a list of these, to be averaged over
     seed                  of "noise"
     return_contributions  also `extra["contributions"]`: the map before its sum over channels, (B, C, *spatial)
+    return_multipliers    also `extra["multipliers"]`: m, of the same shape
     """
 
     rule: Literal["rescale", "reveal_cancel"] = "rescale"
     reference: ReferenceSpec = "black"
     seed: int = 0
     return_contributions: bool = False
+    return_multipliers: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,7 +79,7 @@ def deep_lift(passage: Passage, options: DeepLiftOptions) -> Evidence:
     kundajelab/deeplift, deeplift/layers/normalization.py.
     """
     found = references(passage, options.reference, options.seed)
-    maps, deltas, parts = [], [], []
+    maps, deltas, parts, factors = [], [], [], []
     for reference in found:
         multipliers, base = passage.difference(reference)
         rank = passage.spatial_rank
@@ -88,7 +90,10 @@ def deep_lift(passage: Passage, options: DeepLiftOptions) -> Evidence:
         if options.return_contributions:
             gap = passage.features - base
             parts.append(multipliers * (gap.unsqueeze(1) if passage.targets.several else gap))
-    extra = {"contributions": torch.stack(parts).mean(0)} if parts else {}
+        if options.return_multipliers:
+            factors.append(multipliers)
+    named = {"contributions": parts, "multipliers": factors}
+    extra = {name: torch.stack(many).mean(0) for name, many in named.items() if many}
     return Evidence(projection=torch.stack(maps).mean(0), delta=torch.stack(deltas).mean(0), extra=extra)
 
 

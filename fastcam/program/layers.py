@@ -17,6 +17,18 @@ __all__ += ["unknown_layer"]
 _KEEPS_ORDER = frozenset({"getitem", "clone", "contiguous", "alias", "_to_copy"})
 
 
+class UnfitLayer(Exception):
+    """The layer's output is no feature map; raised as a TypeError or ValueError too."""
+
+
+class UnfitLayerType(UnfitLayer, TypeError):
+    """Tokens, or several values."""
+
+
+class UnfitLayerShape(UnfitLayer, ValueError):
+    """No spatial extent."""
+
+
 class LayerNotInProgram(LookupError):
     """The module exists but computes nothing of its own, or does not run, in the captured network."""
 
@@ -41,7 +53,7 @@ def layer_names(model: nn.Module, layer: str | nn.Module) -> list[str]:
 
 
 def several_outputs(layer: str, what: str) -> TypeError:
-    return TypeError(
+    return UnfitLayerType(
         f"layer '{layer}' returns {what}, not one tensor; name a module inside it that does "
         "(with reshape_transform= where that one gives tokens), or wrap the model"
     )
@@ -81,7 +93,7 @@ def _find(
     shape = program.nodes[index].shape or ()
     if not reshaped and len(shape) == spatial_rank + 2 and _is_channels_last(program, index):
         order = ", ".join(str(d) for d in (0, spatial_rank + 1, *range(1, spatial_rank + 1)))
-        raise TypeError(
+        raise UnfitLayerType(
             f"layer '{name}' gives feature maps with their channels last, {_shown(shape)}; "
             f"pass layer='{name}', reshape_transform=lambda t: t.permute({order})"
         )
@@ -131,11 +143,13 @@ def check_spatial(shape: tuple[int | None, ...], name: str, spatial_rank: int, r
     if reshaped:
         raise TypeError(f"reshape_transform made {shown} of layer '{name}'; it must return (B, K, *spatial)")
     if len(shape) == 3:
-        raise TypeError(
+        raise UnfitLayerType(
             f"layer '{name}' gives tokens of shape {shown}, not feature maps; "
             "pass reshape_transform=callable that turns them into (B, K, H, W)"
         )
-    raise ValueError(f"layer '{name}' has no spatial extent: its output has shape {shown}, expected (B, K, *spatial)")
+    raise UnfitLayerShape(
+        f"layer '{name}' has no spatial extent: its output has shape {shown}, expected (B, K, *spatial)"
+    )
 
 
 def _last_spatial(program: Program, spatial_rank: int) -> tuple[int, str]:
