@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -60,9 +60,11 @@ def onehot(logits: Tensor, chosen: Tensor, value: Tensor | float = 1.0) -> Tenso
 Seed = Literal["onehot", "logit", "contrast"]
 
 
-def onehot_columns(passage: Passage, seed: Seed | Tensor) -> list[Any]:
+def onehot_columns(passage: Passage, seed: Seed | Tensor | Callable[[Tensor], Tensor]) -> list[Any]:
     """Relevance at the logits for each target; see `lrp` for what the names mean."""
     logits = passage.logits
+    if callable(seed) and not isinstance(seed, Tensor):
+        seed = seed(logits)
     if isinstance(seed, Tensor):
         if not isinstance(logits, Tensor) or seed.shape != logits.shape or not bool(seed.isfinite().all()):
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

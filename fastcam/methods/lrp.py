@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -26,7 +27,7 @@ class LrpOptions(RelevanceOptions):
     alpha, beta  of the alpha-beta rule, alpha - beta = 1; None: 2 and 1
     low, high    bounds of prepared images for "epsilon_gamma_box": numbers, tensors or "minmax" (of each image)
     seed         relevance at the logits: "onehot" (1 at the target), "logit" (the logit there), "contrast" (1 at the
-                 target, -1/C at the other C - 1 classes), or a tensor (B, C)
+                 target, -1/C at the other C - 1 classes), a tensor (B, C), or a callable that makes one of the logits
     bias         "include": biases take part in the rules and absorb relevance · "zero": they are left out
     max_pool     "winner", "proportional" or "ties"
     norms        batch norms after convolutions and linear layers: "fold" into them · "pass" relevance on unchanged ·
@@ -40,7 +41,7 @@ class LrpOptions(RelevanceOptions):
     beta: float | None = None
     low: float | Tensor | Literal["minmax"] | None = None
     high: float | Tensor | Literal["minmax"] | None = None
-    seed: Seed | Tensor = "onehot"
+    seed: Seed | Tensor | Callable[[Tensor], Tensor] = "onehot"
     bias: Literal["include", "zero"] = "include"
     max_pool: Literal["winner", "proportional", "ties"] = "winner"
     norms: Literal["fold", "pass", "epsilon"] = "fold"
@@ -49,7 +50,7 @@ class LrpOptions(RelevanceOptions):
         super().__post_init__()
         _one_of("bias", self.bias, "include", "zero")
         _one_of("norms", self.norms, "fold", "pass", "epsilon")
-        if not isinstance(self.seed, Tensor):
+        if not isinstance(self.seed, Tensor) and not callable(self.seed):
             _one_of("seed", self.seed, "onehot", "logit", "contrast")
         for name in ("epsilon", "gamma", "alpha", "beta"):
             value = getattr(self, name)
@@ -104,7 +105,7 @@ def lrp(passage: Passage, options: LrpOptions) -> Evidence:
     Source: Bach et al. 2015; Montavon et al. 2017, 2019; Andeol et al. 2021; composites and conventions as Zennit's.
     """
     seeds = onehot_columns(passage, options.seed)
-    if isinstance(options.seed, Tensor) and passage.targets.several:
+    if not isinstance(options.seed, str) and passage.targets.several:
         raise ValueError("a seed tensor says what to explain; pass one target an image, or none")
     given = totals(seeds)
     found, layers = passage.relevance(seeds, options.layers)
