@@ -137,7 +137,7 @@ def test_protocol_state_and_errors(caplog):
             module.GradCAM(net, "feature")
         with pytest.raises(TypeError, match="invalid argument type"):
             module.GradCAM(net, 3)
-        module.GradCAM(net, input_shape=(3, 12, 16)).remove_hooks()
+        module.GradCAM(models.vgg_like(), input_shape=(3, 12, 16)).remove_hooks()
     assert caplog.text.count("thus set to") == 2
 
 
