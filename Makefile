@@ -10,7 +10,7 @@ PACKAGES := $(VENV)/.packages
 BUILT := $(VENV)/.built-ext=$(or $(FASTCAM_BUILD_EXT),auto)-cuda=$(or $(FASTCAM_BUILD_CUDA),auto)
 SOURCES := pyproject.toml setup.py kernels/__init__.py $(shell find csrc -type f)
 
-.PHONY: venv demo test lint format typecheck bench gpu-check clean
+.PHONY: venv demo test test-peers lint format typecheck bench gpu-check clean
 
 venv: $(BUILT)
 
@@ -39,6 +39,18 @@ demo: venv
 test: venv
 	$(BIN)/pytest -q --ignore=tests/triton
 	if [ -d tests/triton ]; then TRITON_INTERPRET=1 $(BIN)/pytest -q tests/triton; fi
+
+# The libraries that fastcam.adapters stands in for, and what importing them takes; without dependencies, since theirs
+# would bring another torch, opencv with its windows, and TensorFlow. A file of its own: the other targets do without.
+PEERS := $(VENV)/.peers
+
+$(PEERS): $(PACKAGES)
+	$(BIN)/pip install -q -c constraints.txt --no-deps grad-cam torchcam captum zennit quantus \
+	  ttach tqdm opencv-python-headless pandas cachetools
+	touch $@
+
+test-peers: venv $(PEERS)
+	$(BIN)/pytest -q -m peers tests/parity
 
 lint: venv
 	$(BIN)/ruff check .

@@ -40,7 +40,7 @@ METADATA_KEYS = (
 ROW_KEYS = ("name", "median_us", "iqr_us", "n", "match", "max_err")
 #: Rows of suites that measure how good a method is rather than how fast: a figure over n draws and its standard error.
 QUALITY_KEYS = ("name", "mean", "standard_error", "n")
-PACKAGES = ("torch", "torchvision", "triton", "numpy", "grad-cam", "torchcam", "captum", "zennit")
+PACKAGES = ("torch", "torchvision", "triton", "numpy", "grad-cam", "torchcam", "captum", "zennit", "quantus")
 
 Calls = Mapping[str, Callable[[], Any]]
 Times = dict[str, list[float]]

@@ -30,8 +30,8 @@ with needing("quantus"):
 
 __all__ = ["PixelFlipping", "explain"]
 
-#: Perturbed images in one forward pass.
-_ROWS = 64
+#: Perturbed images in one forward pass, and the numbers in them: what stays in a processor's cache.
+_ROWS, _NUMBERS = 64, 1 << 18
 
 
 def explain(
@@ -89,7 +89,7 @@ class PixelFlipping(_peer.PixelFlipping):
         x = torch.from_numpy(np.ascontiguousarray(x_batch)).reshape(batch, -1)
         fill = torch.from_numpy(base).to(x.dtype).reshape(batch, 1)
         scores = np.empty((steps, batch))
-        together = max(1, _ROWS // batch)
+        together = max(1, min(_ROWS, _NUMBERS // features) // batch)
         for start in range(0, steps, together):
             at = torch.arange(start, min(start + together, steps)).reshape(-1, 1, 1)
             rows = torch.where(when <= at, fill, x).reshape(-1, *x_batch.shape[1:]).numpy()

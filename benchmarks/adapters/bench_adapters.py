@@ -1,0 +1,258 @@
+"""Each adapter beside the library it stands in for, by the same script in the same rounds.
+
+    python -P benchmarks/adapters/bench_adapters.py grad_cam|captum|zennit|torchcam|quantus [--rounds 5] [--only TEXT]
+
+Random weights, float32, 224 x 224 and batch 8 unless the row says otherwise. A row is the adapter's call; `speedup` is
+the library's own time for it over ours. The results of both are compared before the clock starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _harness as harness
+
+from fastcam._testing.models import torchvision_models
+
+Pair = tuple[Callable[[], Any], Callable[[], Any], float]
+
+
+def network(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return getattr(torchvision_models(), name)(weights=None).eval()
+
+
+def images(batch: int = 8, side: int = 224) -> Tensor:
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def classes(batch: int = 8) -> Tensor:
+    return torch.arange(batch) * 7
+
+
+def grad_cam() -> dict[str, Callable[[], Pair]]:
+    import pytorch_grad_cam as theirs
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+    from pytorch_grad_cam.utils.svd_on_activations import get_2d_projection_with_sign_correction
+
+    from fastcam.adapters import grad_cam as ours
+
+    theirs.eigen_cam.get_2d_projection = get_2d_projection_with_sign_correction  # else its sign is arbitrary
+
+    def pair(cls: str, name: str, layers: tuple[str, ...], batch: int = 8, side: int = 224, **call: Any) -> Pair:
+        x, targets = images(batch, side), [ClassifierOutputTarget(int(c)) for c in classes(batch)]
+        found = []
+        for module in (ours, theirs):
+            net = network(name)
+            cam = getattr(module, cls)(net, [net.get_submodule(layer) for layer in layers])
+
+            def run(cam: Any = cam) -> Any:
+                with contextlib.redirect_stderr(io.StringIO()):  # progress bars
+                    return cam(input_tensor=x, targets=targets, **call)
+
+            found.append(run)
+        # float32 gradients through fifty layers; Grad-CAM++ divides by their cubes
+        return found[0], found[1], 2e-2 if cls in ("GradCAMPlusPlus", "FullGrad", "EigenCAM") else 5e-3
+
+    last = ("layer4",)
+    rows = {
+        f"{cls} resnet50 layer4": lambda cls=cls: pair(cls, "resnet50", last)
+        for cls in ("GradCAM", "HiResCAM", "GradCAMPlusPlus", "XGradCAM", "LayerCAM")
+    }
+    return rows | {
+        "GradCAM resnet50 layer3+layer4": lambda: pair("GradCAM", "resnet50", ("layer3", "layer4")),
+        "GradCAM vgg16 features.29": lambda: pair("GradCAM", "vgg16", ("features.29",)),
+        "GradCAM resnet50 layer4, aug_smooth, batch 1": lambda: pair("GradCAM", "resnet50", last, 1, aug_smooth=True),
+        "EigenCAM resnet18 layer4": lambda: pair("EigenCAM", "resnet18", last),
+        "FullGrad resnet18, batch 2": lambda: pair("FullGrad", "resnet18", last, 2),
+        "ScoreCAM resnet18 layer4, batch 1, 96 x 96": lambda: pair("ScoreCAM", "resnet18", last, 1, 96),
+        "AblationCAM resnet18 layer4, batch 1, 96 x 96": lambda: pair("AblationCAM", "resnet18", last, 1, 96),
+    }
+
+
+def captum() -> dict[str, Callable[[], Pair]]:
+    import captum.attr as theirs
+
+    from fastcam.adapters import captum as ours
+
+    def pair(cls: str, name: str, layer: str | None = None, limit: float = 1e-3) -> Pair:
+        x, targets = images(), classes()
+        found = []
+        for module in (ours, theirs):
+            net = network(name)
+            for relu in net.modules():
+                if isinstance(relu, nn.ReLU):
+                    relu.inplace = False  # Captum's hooks refuse modules that work in place
+            method = getattr(module, cls)(net, *([] if layer is None else [net.get_submodule(layer)]))
+
+            def run(method: Any = method) -> Tensor:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    found = method.attribute(x, target=targets).detach()
+                return found / found.abs().amax()
+
+            found.append(run)
+        return found[0], found[1], limit
+
+    return {
+        # Captum's own result does not add up on VGG-16 (C4 in docs/parity.md): nothing to agree with
+        "DeepLift vgg16": lambda: pair("DeepLift", "vgg16", limit=float("inf")),
+        "LayerDeepLift vgg16 features.29": lambda: pair("LayerDeepLift", "vgg16", "features.29", float("inf")),
+        "GuidedBackprop vgg16": lambda: pair("GuidedBackprop", "vgg16"),
+        "Deconvolution vgg16": lambda: pair("Deconvolution", "vgg16"),
+        "LRP vgg16": lambda: pair("LRP", "vgg16"),
+        "LayerGradCam resnet50 layer4": lambda: pair("LayerGradCam", "resnet50", "layer4"),
+        "LayerGradCam resnet50 layer3": lambda: pair("LayerGradCam", "resnet50", "layer3"),
+    }
+
+
+def zennit() -> dict[str, Callable[[], Pair]]:
+    network("resnet18")  # torchvision first, which Zennit imports too
+    from zennit import attribution as theirs
+    from zennit.composites import COMPOSITES
+    from zennit.torchvision import ResNetCanonizer, VGGCanonizer
+
+    from fastcam.adapters import zennit as ours
+
+    def pair(name: str, composite: str) -> Pair:
+        x, seeds = images(), torch.eye(1000)[classes()]
+        bounds = {"low": torch.full((1, 3, 1, 1), -3.0), "high": torch.full((1, 3, 1, 1), 3.0)}
+        found = []
+        for module in (ours, theirs):
+            canonizer = ResNetCanonizer() if "resnet" in name else VGGCanonizer()
+            options = bounds if composite == "epsilon_gamma_box" else {}
+            attributor = module.Gradient(network(name), COMPOSITES[composite](canonizers=[canonizer], **options))
+            attributor.__enter__()  # registered once, before the clock starts
+
+            def run(attributor: Any = attributor) -> Tensor:
+                relevance = attributor(x.clone(), seeds)[1]
+                return relevance / relevance.abs().amax()
+
+            found.append(run)
+        # The release keeps eps in merged batch norms.
+        return found[0], found[1], 2e-2
+
+    names = ("epsilon_plus", "epsilon_plus_flat", "epsilon_alpha2_beta1", "epsilon_gamma_box")
+    rows = {f"{composite} resnet50": lambda composite=composite: pair("resnet50", composite) for composite in names}
+    return rows | {"epsilon_plus_flat vgg16": lambda: pair("vgg16", "epsilon_plus_flat")}
+
+
+def torchcam() -> dict[str, Callable[[], Pair]]:
+    network("resnet18")
+    from torchcam import methods as theirs
+
+    from fastcam.adapters import torchcam as ours
+
+    def pair(cls: str, name: str, layer: str, fast: bool, batch: int = 8, side: int = 224) -> Pair:
+        x, chosen = images(batch, side), classes(batch).tolist()
+        found = []
+        for module in (ours, theirs):
+            extractor = getattr(module, cls)(network(name), layer)
+
+            def run(extractor: Any = extractor, fast: bool = fast and module is ours) -> Tensor:
+                return extractor.run(x, chosen)[0] if fast else extractor(chosen, extractor.model(x))[0].detach()
+
+            found.append(run)
+        return found[0], found[1], 5e-3
+
+    return {
+        "GradCAM resnet50 layer4, run": lambda: pair("GradCAM", "resnet50", "layer4", True),
+        "GradCAM resnet50 layer3, run": lambda: pair("GradCAM", "resnet50", "layer3", True),
+        "GradCAM resnet50 layer4": lambda: pair("GradCAM", "resnet50", "layer4", False),
+        "LayerCAM resnet50 layer4, run": lambda: pair("LayerCAM", "resnet50", "layer4", True),
+        "ScoreCAM resnet18 layer4, batch 1, 96 x 96": lambda: pair("ScoreCAM", "resnet18", "layer4", False, 1, 96),
+    }
+
+
+def quantus() -> dict[str, Callable[[], Pair]]:
+    network("resnet18")
+    import quantus as theirs
+
+    from fastcam.adapters import quantus as ours
+
+    def pair(net: nn.Module, x: np.ndarray, step: int, own: dict[str, Any], mine: dict[str, Any]) -> Pair:
+        y = np.arange(len(x)) % 10
+        options = {"features_in_step": step, "disable_warnings": True}
+        call = {"model": net, "x_batch": x, "y_batch": y, "device": "cpu", "softmax": True}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            maps = ours.explain(net, x, y, **mine)
+            curves = [np.array(m.PixelFlipping(**options)(a_batch=maps, **call)) for m in (ours, theirs)]
+        found = []
+        for module, kwargs in ((ours, mine), (theirs, own)):
+
+            def run(module: Any = module, kwargs: Any = kwargs) -> None:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    metric = module.PixelFlipping(**options)
+                    metric(explain_func=module.explain, explain_func_kwargs=dict(kwargs), **call)
+
+            found.append(run)
+        # Curves of the same maps must agree; which maps they are is the business of either explain path.
+        agreed, _ = harness.agree(torch.from_numpy(curves[0]), torch.from_numpy(curves[1]), 1e-5)
+        return found[0], found[1], 0.0 if agreed else -1.0
+
+    def small(step: int) -> Pair:
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            *(nn.Conv2d(1, 6, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(6, 16, 5), nn.ReLU(), nn.MaxPool2d(2)),
+            *(nn.Flatten(), nn.Linear(256, 120), nn.ReLU(), nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, 10)),
+        ).eval()
+        x = np.random.default_rng(0).standard_normal((8, 1, 28, 28)).astype(np.float32)
+        return pair(
+            net, x, step, {"method": "DeepLift"}, {"method": "deep_lift", "reference": torch.zeros(1, 1, 28, 28)}
+        )
+
+    def large(side: int, step: int) -> Pair:
+        layer = "layer4" if side > 32 else "layer2"
+        own = {"method": "LayerGradCam", "gc_layer": f"model.{layer}", "interpolate": (side, side)}
+        return pair(network("resnet18"), images(8, side).numpy(), step, own, {"method": "grad_cam", "layer": layer})
+
+    return {
+        "PixelFlipping LeNet 28 x 28, 784 steps": lambda: small(1),
+        "PixelFlipping LeNet 28 x 28, 28 steps": lambda: small(28),
+        "PixelFlipping resnet18 32 x 32, 96 steps": lambda: large(32, 32),
+        "PixelFlipping resnet18 224 x 224, 12 steps": lambda: large(224, 12544),
+    }
+
+
+PEERS = {"grad_cam": grad_cam, "captum": captum, "zennit": zennit, "torchcam": torchcam, "quantus": quantus}
+
+
+def main() -> None:
+    parser = harness.arguments((__doc__ or "").splitlines()[0])
+    parser.add_argument("peer", choices=PEERS)
+    parser.set_defaults(rounds=5)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = []
+    for label, make in PEERS[options.peer]().items():
+        if options.only not in label:
+            continue
+        mine, theirs, limit = make()
+        results = (
+            [torch.as_tensor(call()) for call in (mine, theirs)] if options.peer != "quantus" else [torch.zeros(1)] * 2
+        )
+        match, error = harness.agree(*results, limit)
+        times = harness.alternate({"ours": mine, "theirs": theirs}, options.rounds, warmup=1)
+        speedup = {options.peer: harness.ratio(times, "theirs", "ours")} if match else None
+        baseline = {options.peer: harness.ratio(times, "theirs", "ours") * np.median(times["ours"]) * 1e6}
+        rows.append(harness.row(label, times["ours"], match, max_err=error, baselines_us=baseline, speedup=speedup))
+        print(f"{label}: {speedup}", flush=True)
+    harness.table(rows, ["name", "speedup", "median_us", "iqr_us", "max_err", "match"])
+    harness.write(f"adapters_{options.peer}", options.device, rows, options.out)
+
+
+if __name__ == "__main__":
+    main()
