@@ -24,6 +24,7 @@ $(PACKAGES): constraints.txt
 	$(BIN)/pip install -q -c constraints.txt $(TORCH_FLAGS) --no-deps torchvision==0.28.0
 	$(BIN)/pip install -q -c constraints.txt triton pillow matplotlib scikit-learn scikit-image safetensors \
 	  pytest pytest-benchmark ruff mypy
+	$(BIN)/pip install -q -c constraints.txt zarr pyarrow pandas ray
 	touch $@
 
 $(BUILT): $(PACKAGES) $(SOURCES)

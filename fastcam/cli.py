@@ -17,6 +17,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from fastcam.nn import train  # its parser shows defaults that stand there
 
             return train.main(words[1:])
+        if words[:1] in (["run"], ["merge"]):
+            from fastcam.jobs import command
+
+            return command.main(words)
         given = _parser().parse_args(words)
         return int(given.run(given))
     except ImportError as error:
@@ -43,6 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--threads", type=_positive, metavar="N", help="CPU threads (default: torch's choice)")
     demo.set_defaults(run=_demo)
 
+    commands.add_parser("run", help="explain every image of a data set into a store that can be resumed")
+    commands.add_parser("merge", help="join the stores of a job's shards into one")
     commands.add_parser("train-lficam", help="train an LFI-CAM network on class folders of images, or the testbed")
     commands.add_parser("methods", help="list the methods with their sources").set_defaults(run=_list_methods)
     commands.add_parser("info", help="versions, build, backends, switches").set_defaults(run=_info)

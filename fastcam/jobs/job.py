@@ -1,0 +1,364 @@
+"""A job from its options to its summary."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+import fastcam
+
+from .compute import Attributor
+from .layout import DONE, FAILED, TILE, Layout
+from .local import Pipeline, batches, default_workers
+from .options import Options
+from .progress import Meter, Summary
+from .writer import BlockWriter, JobError, Lock, create, differences, facts_of
+
+if TYPE_CHECKING:
+    from fastcam.models import LoadedModel
+
+    from .sources import Source
+
+__all__ = ["Job", "execute", "run"]
+
+log = logging.getLogger("fastcam")
+
+
+def run(model: Any, images: Any, out: str | Path, *, quiet: bool = True, **options: Any) -> Summary:
+    """Explain every image of a data set into a store; what `fastcam run` does, with its options as keywords.
+
+        summary = fastcam.jobs.run("torchvision:resnet50", "photos/", "maps.zarr", weights="w.safetensors")
+        store = fastcam.jobs.Store("maps.zarr")
+
+    model          a module, or what `fastcam.models.load_model` takes: "torchvision:resnet50", "timm:...", "hf:...",
+                   "package.module:factory", "program.pt2"
+    images         what `fastcam.jobs.sources.open_source` takes: a folder, a manifest, tars, an array, a Source
+    out            the store; "{i}" and "{n}" in it become the shard's numbers
+    method         a name from `fastcam.methods()`, for single images
+    weights        a safetensors file, or a checkpoint of tensors
+    layer          as in `fastcam.Explainer`, by name
+    targets        "predicted" · "top5" · a class · "labels" (the source's) · a file of labels (.csv, .parquet)
+    labels         a file of labels, for targets="labels"
+    size           maps at "layer" size, at "input" size, N or (H, W); never normalised, that is done on reading
+    dtype          "float16" · "float32" · "uint8" (256 levels between each map's least and largest value)
+    scores         keep "all" of the model's scores, or of the "targets" alone
+    options        the method's options, a dict
+    image_size, mean, std, interpolation, crop   how images are prepared, where not as the model's own metadata says
+    batch_size     images read, explained and written together; "auto": found by measuring on accelerators
+    precision, channels_last   as in `fastcam.Explainer`
+    device         "auto": CUDA where there is a GPU · "cpu" · "cuda" · "cuda:1"
+    workers        decode threads; None: one a core, at most 16
+    engine         "local" · "ray" (actors, cpus_per_actor, gpus_per_actor say how it spreads)
+    resume         go on with the store if it exists; without, an existing store is an error
+    retry_failed   work on items that failed before, too
+    limit          only the first N items
+    shard          "i/n": part i of n, counted from 0, to be joined by `fastcam.jobs.merge`
+    shard_rows     rows a shard file; a multiple of 16
+    quiet          False: progress on stderr
+
+    An item that cannot be read or explained is recorded with its reason, and the job goes on. Results are the same to
+    the bit whatever batch_size, workers, engine and interruptions, on a CPU; on an accelerator they hold to rounding,
+    and a resumed job keeps the batch size it began with. Ctrl-C (KeyboardInterrupt) leaves a store that can be resumed.
+
+    Raises ValueError or TypeError for options that make no sense; JobError where the store, the model or the machine
+    stops the job, `usage` telling which of both. Cost: that of the method, if decoding keeps up.
+    """
+    with Job(Options(model=model, images=images, out=out, **options), quiet=quiet) as job:
+        return execute(job)
+
+
+class Ready(Protocol):
+    """What working on a store takes: a job, or a worker's part in one."""
+
+    options: Options
+    source: Source
+    loaded: LoadedModel
+    attributor: Attributor
+    writer: BlockWriter
+    layout: Layout
+    shape: tuple[int, ...]
+    status: np.ndarray
+    start: int
+    batch_size: int
+
+
+class Job:
+    """A job made ready: source, store and the right to write it. A context that gives the right back."""
+
+    def __init__(self, options: Options, *, quiet: bool = True):
+        self.options, self.quiet = options, quiet
+        self.root = options.store
+        stored = facts_of(self.root)
+        if stored is not None and not options.resume:
+            raise JobError(
+                f"{self.root} exists; pass --resume (resume=True) to go on with it, or another --out", usage=True
+            )
+        self.lock = Lock(self.root)
+        try:
+            self._open()
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _open(self) -> None:
+        from fastcam.models import load_model
+
+        from .sources import open_source
+
+        options = self.options
+        self.source: Source = open_source(options.images, labels=options.label_file)
+        self.start, self.stop = self._range(len(self.source))
+        self.device = _device(options.device)
+        self.loaded: LoadedModel = load_model(
+            options.model,
+            weights=options.weights,
+            image_size=options.image_size,
+            mean=options.mean,
+            std=options.std,
+            interpolation=options.interpolation,
+            crop=options.crop,
+        )
+        self.attributor = Attributor(self.loaded, options, self.device)
+        stored = facts_of(self.root)
+        facts = self._facts()
+        if stored is not None:
+            found = differences(stored, facts)
+            if found:
+                raise JobError(
+                    f"{self.root} was made by another job; " + "; ".join(found) + "; restore these, or choose another "
+                    "--out",
+                    usage=True,
+                )
+        if stored is None or 0 in stored["input_shape"]:
+            stored = self._create(facts)
+        elif stored["versions"] != facts["versions"]:
+            log.warning("%s was begun with %s and goes on with %s", self.root, stored["versions"], facts["versions"])
+        self.shape = tuple(stored["input_shape"])
+        self.layout = Layout.from_json(stored["layout"])
+        if 0 not in self.shape:
+            if self.attributor.classes is None:
+                self.attributor.probe(self.shape, options, len(self))
+            asked = stored["batch_size"] if options.batch_size == "auto" and self.device.type != "cpu" else None
+            self.batch_size = self.attributor.choose_batch(asked or options.batch_size, self.shape)
+        self.writer = BlockWriter(self.root, self.layout)
+        self.status = self.writer.recover()
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __enter__(self) -> Job:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+    def _range(self, items: int) -> tuple[int, int]:
+        """Items of this shard: all shards but the last begin and end at multiples of TILE, to keep tiles the same."""
+        self.items = items = items if self.options.limit is None else min(items, self.options.limit)
+        i, n = self.options.shard_of
+        tiles = -(-items // TILE)
+        return tuple(min(items, TILE * (tiles * part // n)) for part in (i, i + 1))  # type: ignore[return-value]
+
+    def _facts(self) -> dict[str, Any]:
+        """Provenance, of which the keys in `writer.IDENTITY` must not change."""
+        options, loaded = self.options, self.loaded
+        describe = getattr(loaded.prepare, "describe", None)
+        size = options.map_size
+        return {
+            "format": 1,
+            "model": loaded.spec,
+            "weights_hash": loaded.weights_hash,
+            "classes": list(loaded.classes) if loaded.classes else None,
+            "preprocessing": _plain(describe() if describe else repr(loaded.prepare)),
+            "method": options.method,
+            "options": _plain(self.attributor.explainer.options),
+            "layer": options.layer,
+            "targets": options.target_spec,
+            "size": size if isinstance(size, str) else list(size),
+            "dtype": options.dtype,
+            "scores": options.scores,
+            "precision": options.precision,
+            "channels_last": options.channels_last,
+            "source": _plain(self.source.describe()),
+            "limit": options.limit,
+            "shard": options.shard,
+            "rows": [self.start, self.stop],
+            "items": self.items,
+            "signed": self.attributor.signed,
+            "versions": _versions(),
+            "commit": _commit(),
+        }
+
+    def _create(self, facts: dict[str, Any]) -> dict[str, Any]:
+        """Make the store. The first image that can be read says what the rest look like."""
+        options = self.options
+        shape = self._first_shape()
+        if shape:
+            layout, name = self.attributor.probe(shape, options, len(self))
+            if options.engine == "ray" and not options.shard_rows:
+                from .ray_engine import spread
+
+                layout = dataclasses.replace(layout, block=min(layout.block, spread(len(self), options)))
+            batch = self.attributor.choose_batch(options.batch_size, shape)
+        else:  # no image can be read: the maps have no size
+            layout, name, batch = Layout(len(self), (0, 0), False, (0,) if options.scores == "all" else ()), None, TILE
+        facts = {
+            **facts,
+            "layer_used": name,
+            "input_shape": list(shape or (0, 0, 0)),
+            "input_size": list(shape[1:] if shape else (0, 0)),
+            "batch_size": batch,
+            "shard_rows": options.shard_rows,
+            "layout": layout.to_json(),
+        }
+        ids = [self.source.key(index) for index in range(self.start, self.stop)]
+        try:
+            create(self.root, layout, ids, facts)
+        except OSError as error:
+            raise JobError(disk_message(self.root, error)) from error
+        return facts
+
+    def _first_shape(self) -> tuple[int, ...] | None:
+        for index in range(self.start, self.stop):
+            try:
+                return tuple(self.loaded.prepare(self.source.load(index).image).shape)
+            except Exception as error:  # it will be recorded when its turn comes
+                log.debug("item %d cannot be read: %s", index, error)
+        return None
+
+
+def execute(job: Job) -> Summary:
+    """Run a job that was made ready, by its engine."""
+    status = job.status
+    meter = Meter(len(job), int((status == DONE).sum()), int((status == FAILED).sum()), job.quiet)
+    if job.options.retry_failed:
+        meter.failed = 0
+    try:
+        if 0 in job.shape:
+            _record_unreadable(job, meter)
+        elif job.options.engine == "ray":
+            from .ray_engine import run_blocks
+
+            run_blocks(job, meter)
+        else:
+            work(job, meter, [])
+    except OSError as error:
+        raise JobError(disk_message(job.root, error)) from error
+    finally:
+        meter.close()
+    return meter.summary(job.root, getattr(job, "batch_size", TILE))
+
+
+def work(job: Ready, meter: Meter, blocks: Sequence[int]) -> None:
+    """Process what is left of some blocks (empty: of all) on this machine, and settle what was done on any end."""
+    pipeline = Pipeline(
+        job.source, job.loaded.prepare, job.shape, job.attributor, job.writer, meter,
+        offset=job.start, batch_size=job.batch_size, workers=job.options.workers or default_workers(),
+    )  # fmt: skip
+    try:
+        pipeline.run(batches(job.status, job.layout.block, job.batch_size, job.options.retry_failed, blocks))
+    except OSError:
+        raise  # the disk takes nothing more; what is done stands in the journal
+    except BaseException:
+        job.writer.settle()
+        raise
+    job.writer.settle()
+
+
+def _record_unreadable(job: Job, meter: Meter) -> None:
+    from .local import _reason
+    from .writer import failed
+
+    for batch in batches(job.status, job.layout.block, job.layout.block, job.options.retry_failed):
+        reasons, digests = [], []
+        for row in batch.rows:
+            digest, reason = "", "it could not be read when the job began"
+            try:
+                item = job.source.load(job.start + int(row))
+                digest = item.digest
+                job.loaded.prepare(item.image)
+            except Exception as error:
+                reason = _reason(error)
+            reasons.append(reason)
+            digests.append(digest)
+        columns = failed(job.layout, reasons)
+        columns["digest"][:] = digests
+        job.writer.append(batch.rows, columns)
+        meter.add(0, len(batch.rows))
+    job.writer.settle()
+
+
+def disk_message(root: Path, error: OSError) -> str:
+    name = f" ({error.filename})" if error.filename and str(root) not in str(error.filename) else ""
+    return (
+        f"{root}: {error.strerror or error}{name}; what was done is safe: make room or choose another disk, then go on "
+        "with --resume"
+    )
+
+
+def _device(text: str) -> torch.device:
+    if text == "auto":
+        local = os.environ.get("LOCAL_RANK", "0")
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device(f"cuda:{int(local) % torch.cuda.device_count()}")
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {text!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON has it, so that it compares equal with what comes back from a file."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        import hashlib
+
+        array = np.ascontiguousarray(value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value)
+        digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
+        return f"{type(value).__name__}{tuple(value.shape)} sha256 {digest}"
+    name = getattr(value, "__qualname__", None)
+    return f"{value.__module__}.{name}" if name else str(value) if isinstance(value, Path) else type(value).__qualname__
+
+
+def _versions() -> dict[str, str]:
+    found = {"fastcam": fastcam.__version__, "python": platform.python_version()}
+    for name in ("torch", "numpy", "zarr", "pillow"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> str | None:
+    """Commit of the checkout that runs, where it is one."""
+    root = Path(fastcam.__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,241 @@
+"""The writing side of a store: one writer, blocks of rows, and a journal that makes every batch durable at once.
+
+A batch's results go to a file of their own in `journal/` (written aside, synced, renamed): from then on its items are
+done. Once all items of a block have a result, or at the end of a run, the block's arrays are written, one whole shard
+file each, `status` last, and the block's journal is deleted. So at any moment of a kill, a row whose status is set has
+its map on the disk, a shard file is an old one or a new one with at least the same rows, and what `status` does not
+show yet stands in the journal, from which the next run takes it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import shutil
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .layout import FAILED, Layout, create_arrays, durable_store, need_zarr, partial_files, write_durably
+
+__all__ = ["BlockWriter", "JobError", "Lock", "create", "differences", "facts_of", "failed"]
+
+ATTRIBUTE = "fastcam"
+JOURNAL = "journal"
+LOCK = "writer.lock"
+
+
+class JobError(RuntimeError):
+    """What stops a job; the message says what to do. `usage` where the request is at fault, not the machine."""
+
+    def __init__(self, message: str, *, usage: bool = False):
+        super().__init__(message)
+        self.usage = usage
+
+
+class Lock:
+    """The right to write a store: held by one process at a time, and gone with it however it ends."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        self._made = not root.exists()
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise JobError(f"cannot write to {root}: {error.strerror or error}; choose another --out") from error
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(self._handle, 200, 0).decode(errors="replace").strip() or "another process"
+            os.close(self._handle)
+            raise JobError(f"{root} is being written by {holder}; wait for it, or choose another --out") from None
+        except OSError as error:
+            os.close(self._handle)
+            raise JobError(f"{root}: the file system takes no lock ({error.strerror}); choose another --out") from error
+        try:
+            os.ftruncate(self._handle, 0)
+            os.pwrite(self._handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        except OSError as error:
+            self.release()
+            raise JobError(f"cannot write to {root}: {error.strerror or error}") from error
+
+    def release(self) -> None:
+        """Let go of the store; a folder that holds nothing but the lock, and was made for it, goes too."""
+        if self._handle < 0:
+            return
+        if self._made and [path.name for path in self.root.iterdir()] == [LOCK]:
+            (self.root / LOCK).unlink()
+            self.root.rmdir()
+        os.close(self._handle)
+        self._handle = -1
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def facts_of(root: Path) -> dict[str, Any] | None:
+    """A store's provenance; None where nothing is there yet, or a creation was cut short.
+
+    Raises JobError where `root` holds something that is not a store of fastcam's.
+    """
+    path = root / "zarr.json"
+    found = json.loads(path.read_text())["attributes"].get(ATTRIBUTE) if path.is_file() else None
+    if found is None and root.exists():
+        ours = {LOCK, JOURNAL, "zarr.json", "ids", *Layout(0, (), False, ()).columns()}
+        foreign = sorted(p.name for p in root.iterdir() if p.name not in ours and not p.name.endswith(".partial"))
+        if not root.is_dir() or foreign:
+            what = f"holds {foreign[0]!r} and is no store of fastcam's"
+            raise JobError(f"{root} {what}; choose another --out", usage=True)
+    return found
+
+
+def create(root: Path, layout: Layout, ids: list[str], facts: Mapping[str, Any]) -> None:
+    """An empty store in a locked folder. The provenance is written last: with it the store exists."""
+    zarr = need_zarr()
+    for path in root.iterdir():
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    create_arrays(root, layout, ids)
+    group = zarr.open_group(durable_store(root), mode="a", zarr_format=3)
+    group.attrs.update({ATTRIBUTE: {**facts, "layout": layout.to_json()}})
+
+
+#: What makes two jobs the same job, with the words a user knows it by.
+IDENTITY = (
+    *("model", "weights_hash", "preprocessing", "method", "options", "layer", "targets", "size", "dtype", "scores"),
+    *("precision", "channels_last", "source", "limit", "shard"),
+)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], keys: tuple[str, ...] = IDENTITY) -> list[str]:
+    """One line a difference, 'options.seed: 0 in the store, 1 now'."""
+    lines = []
+    for key in keys:
+        before, now = old.get(key), new.get(key)
+        if before == now:
+            continue
+        if isinstance(before, dict) and isinstance(now, dict):
+            inner = tuple(sorted({*before, *now}))
+            lines += [f"{key}.{line}" for line in differences(before, now, inner)]
+        else:
+            lines.append(f"{key}: {before!r} in the store, {now!r} now")
+    return lines
+
+
+@dataclass
+class _Block:
+    index: int
+    columns: dict[str, np.ndarray]
+    stale: bool = False  # holds results its shard files lack
+
+
+class BlockWriter:
+    """Writes results of a store's rows, a block at a time; the caller holds the lock or owns the blocks it writes."""
+
+    def __init__(self, root: Path, layout: Layout):
+        self.root, self.layout = root, layout
+        group = need_zarr().open_group(durable_store(root), mode="r+", zarr_format=3)
+        self._arrays = {name: group[name] for name in layout.columns()}
+        self._open: _Block | None = None
+
+    def recover(self) -> np.ndarray:
+        """(rows,) status after a crash: half-written files deleted, journalled results counted, not yet moved."""
+        for path in partial_files(self.root):
+            path.unlink(missing_ok=True)
+        status: np.ndarray = np.array(self._arrays["status"][:])
+        for path in sorted((self.root / JOURNAL).glob("*.npz")):
+            record = _read_record(path)
+            status[record["rows"]] = record["status"]
+        return status
+
+    def status_of(self, block: int) -> np.ndarray:
+        """(rows,) status, of which only that of the block's rows is known."""
+        start, stop = self.layout.span(block)
+        self._open = None
+        status: np.ndarray = np.zeros(self.layout.rows, dtype=np.uint8)
+        status[start:stop] = self._at(block).columns["status"]
+        return status
+
+    def put(self, index: int, columns: Mapping[str, np.ndarray]) -> None:
+        """Write a whole block."""
+        self._open = _Block(index, dict(columns), stale=True)
+        self.flush()
+
+    def append(self, rows: np.ndarray, results: Mapping[str, np.ndarray]) -> None:
+        """Make the results of `rows`, all of one block, durable; OSError where that fails, and then none counts."""
+        block = self._at(int(rows[0]) // self.layout.block)
+        first, _ = self.layout.span(block.index)
+        packed = {name: (column.astype(str) if column.dtype == object else column) for name, column in results.items()}
+        memory = io.BytesIO()
+        np.savez(memory, **{"rows": rows, **packed})  # type: ignore[arg-type]
+        taken = [path.name for path in self._journal(block.index)]
+        number = int(taken[-1][9:17]) + 1 if taken else 0
+        write_durably(self.root / JOURNAL / f"{block.index:08d}-{number:08d}.npz", memory.getvalue())
+        for name, column in results.items():
+            block.columns[name][rows - first] = column
+        block.stale = True
+
+    def flush(self) -> None:
+        """Write the open block's shards, and forget its journal."""
+        block = self._open
+        if block is None:
+            return
+        if block.stale:
+            start, stop = self.layout.span(block.index)
+            for name, array in self._arrays.items():
+                array[start:stop] = block.columns[name]
+            block.stale = False
+        for path in self._journal(block.index):
+            path.unlink(missing_ok=True)
+
+    def settle(self) -> None:
+        """Move every journalled result into the arrays."""
+        self.flush()
+        for index in sorted({int(path.name[:8]) for path in (self.root / JOURNAL).glob("*.npz")}):
+            self._at(index)
+            self.flush()
+        self._open = None
+
+    def _at(self, index: int) -> _Block:
+        if self._open is not None and self._open.index == index:
+            return self._open
+        self.flush()
+        start, stop = self.layout.span(index)
+        columns = {name: np.array(array[start:stop]) for name, array in self._arrays.items()}
+        columns = {n: c.astype(object) if c.dtype.kind in "TU" else c for n, c in columns.items()}
+        block = _Block(index, columns)
+        for path in self._journal(index):
+            record = _read_record(path)
+            rows: np.ndarray = record.pop("rows") - start
+            for name, column in record.items():
+                block.columns[name][rows] = column
+            block.stale = True
+        self._open = block
+        return block
+
+    def _journal(self, index: int) -> list[Path]:
+        # Numbered in order: an item that was retried has its later result in a later file.
+        return sorted((self.root / JOURNAL).glob(f"{index:08d}-*.npz"))
+
+
+def _read_record(path: Path) -> dict[str, np.ndarray]:
+    with np.load(path, allow_pickle=False) as record:
+        return {name: record[name] for name in record.files}
+
+
+def failed(layout: Layout, reasons: list[str]) -> dict[str, np.ndarray]:
+    """Results of items that have none, with the reason each."""
+    columns = layout.empty(len(reasons))
+    columns["error"][:] = reasons
+    columns["status"][:] = FAILED
+    return columns
