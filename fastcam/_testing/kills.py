@@ -58,6 +58,7 @@ def kill_runs(folder: Path, kills: int, seed: int = 0, delay: float = 0.001) -> 
     is. At the end of a store: every array equals that of the uninterrupted run, and items were loaded once each but for
     at most the batches in flight at each kill.
     """
+    assert not any(folder.iterdir()), f"{folder} must be empty"
     chance = random.Random(seed)
     # Jobs are forks of this process, which has traced the model and runs no threads: a kill costs its moment only.
     torch.set_num_threads(1)

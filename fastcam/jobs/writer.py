@@ -9,6 +9,7 @@ show yet stands in the journal, from which the next run takes it.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import json
@@ -47,31 +48,38 @@ class Lock:
         self._made = not root.exists()
         try:
             root.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(root / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise JobError(f"cannot write to {root}: {error.strerror or error}; choose another --out") from error
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(self._handle, 200, 0).decode(errors="replace").strip() or "another process"
-            os.close(self._handle)
-            raise JobError(f"{root} is being written by {holder}; wait for it, or choose another --out") from None
-        except OSError as error:
-            os.close(self._handle)
-            raise JobError(f"{root}: the file system takes no lock ({error.strerror}); choose another --out") from error
-        try:
+            self._handle = self._take()
             os.ftruncate(self._handle, 0)
             os.pwrite(self._handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         except OSError as error:
-            self.release()
-            raise JobError(f"cannot write to {root}: {error.strerror or error}") from error
+            raise JobError(f"cannot write to {root}: {error.strerror or error}; choose another --out") from error
+
+    def _take(self) -> int:
+        path = self.root / LOCK
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Its holder deletes the file when it lets go; a lock on a deleted file would keep nobody out.
+                if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
+                    return handle
+            except BlockingIOError:
+                holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+                os.close(handle)
+                message = f"{self.root} is being written by {holder}; wait for it, or choose another --out"
+                raise JobError(message) from None
+            except OSError:
+                os.close(handle)
+                raise
+            os.close(handle)
 
     def release(self) -> None:
-        """Let go of the store; a folder that holds nothing but the lock, and was made for it, goes too."""
+        """Let go of the store; a folder that holds nothing and was made for it goes too."""
         if self._handle < 0:
             return
-        if self._made and [path.name for path in self.root.iterdir()] == [LOCK]:
+        with contextlib.suppress(OSError):  # a disk that became read-only keeps the file, which locks nothing
             (self.root / LOCK).unlink()
+        if self._made and not any(self.root.iterdir()):
             self.root.rmdir()
         os.close(self._handle)
         self._handle = -1
@@ -205,6 +213,8 @@ class BlockWriter:
             self._at(index)
             self.flush()
         self._open = None
+        with contextlib.suppress(OSError):  # not there, or another worker's batches are in it
+            (self.root / JOURNAL).rmdir()
 
     def _at(self, index: int) -> _Block:
         if self._open is not None and self._open.index == index:

@@ -1,0 +1,177 @@
+"""How near a job comes to the rate of the slowest thing in it: ResNet-18, lift_cam, 224 x 224, one store a run.
+
+    python -P benchmarks/jobs/bench_throughput.py [--rounds 5] [--images 256]
+
+Row `decoded`: inputs in memory. `ratio` is the job's images/s over those of a bare loop `model(batch)` under
+`inference_mode` in batches of 32, all threads, one decode thread beside them.
+Row `jpeg`: JPEG files of 500 x 375 pixels, prepared as ImageNet networks take them (shorter side to 256, crop 224).
+`ratio` is the job's rate over that of the slower of: decoding alone with the same number of workers, and the forward
+loop alone with the same threads. Cores are shared out: one decodes, the others compute.
+
+The rate of a job runs from its first image to its last shard on the disk, syncs included; tracing the network before
+that is not in it. Rows hold the median over rounds in which the loops take turns. Correctness first: stored maps equal
+`fastcam.attribute`'s to float16's rounding.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import _harness as harness
+
+import fastcam
+from fastcam import jobs
+from fastcam._testing.models import torchvision_models
+from fastcam.jobs.sources import open_source
+from fastcam.models import load_model
+
+KEYS = ("name", "ratio", "ratios", "rates", "workers", "threads", "images", "match")
+BATCH = 32
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torchvision_models().resnet18(weights=None).eval()
+
+
+def photographs(folder: Path, count: int) -> None:
+    """Crops of the two photographs of scikit-learn, so that there is something to decode."""
+    from PIL import Image
+    from sklearn.datasets import load_sample_images
+
+    pictures = load_sample_images().images
+    chance = torch.Generator().manual_seed(0)
+    for index in range(count):
+        picture = pictures[index % len(pictures)]
+        top, left = (int(torch.randint(0, size, (1,), generator=chance)) for size in (427 - 375, 640 - 500))
+        Image.fromarray(picture[top : top + 375, left : left + 500]).save(folder / f"{index:05d}.jpg", quality=90)
+
+
+def forward(model: torch.nn.Module, images: Tensor) -> Callable[[], float]:
+    def rate() -> float:
+        begin = time.perf_counter()
+        with torch.inference_mode():
+            for batch in images.split(BATCH):
+                model(batch)
+        return len(images) / (time.perf_counter() - begin)
+
+    return rate
+
+
+def decoding(source: Any, prepare: Any, workers: int) -> Callable[[], float]:
+    def load(index: int) -> None:
+        prepare(source.load(index).image)
+
+    def rate() -> float:
+        with ThreadPoolExecutor(workers) as pool:
+            begin = time.perf_counter()
+            list(pool.map(load, range(len(source))))
+            return len(source) / (time.perf_counter() - begin)
+
+    return rate
+
+
+def job(model: torch.nn.Module, images: Any, folder: Path, workers: int, **options: Any) -> Callable[[], float]:
+    number = iter(range(1000))
+
+    def rate() -> float:
+        out = folder / f"{next(number)}.zarr"
+        return jobs.run(model, images, out, workers=workers, batch_size=BATCH, **options).rate
+
+    return rate
+
+
+def turns(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    for call in calls.values():
+        call()
+    rates: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            rates[name].append(call())
+    return rates
+
+
+def row(name: str, rates: dict[str, list[float]], slower: str, **more: Any) -> dict[str, Any]:
+    """`ratio` is the median over rounds of the job's rate over that of `slower` in the same round."""
+    ratios = [mine / other for mine, other in zip(rates["job"], rates[slower], strict=True)]
+    middle = {key: median(values) for key, values in rates.items()}
+    print(
+        f"{name}: {median(ratios):.3f} of {slower} ({', '.join(f'{k} {v:.1f}/s' for k, v in middle.items())})",
+        flush=True,
+    )
+    low, _, high = quantiles(ratios, n=4)
+    return {
+        "name": name,
+        "ratio": median(ratios),
+        "iqr": high - low,
+        "of": slower,
+        "ratios": ratios,
+        "rates": middle,
+        **more,
+    }
+
+
+def check(store: Path, model: torch.nn.Module, images: Tensor) -> bool:
+    raw = fastcam.attribute(model, images[:16], size="layer").raw
+    held = jobs.Store(store)
+    worst = max(float((held.raw(i) - raw[i]).abs().max() / raw[i].abs().max()) for i in range(16))
+    return worst <= 2.0**-11 * 1.01
+
+
+def decoded(count: int, rounds: int, threads: int, folder: Path) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    model, images = network(), torch.randn((count, 3, 224, 224), generator=torch.Generator().manual_seed(0))
+    calls = {"forward": forward(model, images), "job": job(model, images, folder, 1)}
+    rates = turns(calls, rounds)
+    match = check(folder / "0.zarr", model, images)
+    return row("decoded", rates, "forward", workers=1, threads=threads, images=count, match=match)
+
+
+def jpeg(count: int, rounds: int, cores: int, folder: Path) -> dict[str, Any]:
+    threads, workers = max(1, cores - 1), 1
+    torch.set_num_threads(threads)
+    (folder / "photos").mkdir()
+    photographs(folder / "photos", count)
+    options = {"image_size": 224, "crop": 0.875, "mean": MEAN, "std": STD}
+    model = network()
+    loaded, source = load_model(model, **options), open_source(folder / "photos")
+    images = torch.stack([loaded.prepare(source.load(index).image) for index in range(count)])
+    calls = {
+        "decode": decoding(source, loaded.prepare, workers),
+        "forward": forward(model, images),
+        "job": job(model, folder / "photos", folder, workers, **options),
+    }
+    rates = turns(calls, rounds)
+    slower = min(("decode", "forward"), key=lambda name: median(rates[name]))
+    match = check(folder / "0.zarr", model, images)
+    return row("jpeg", rates, slower, workers=workers, threads=threads, images=count, match=match)
+
+
+def main() -> None:
+    parser = harness.arguments(__doc__.splitlines()[0])
+    parser.set_defaults(rounds=5)
+    parser.add_argument("--images", type=int, default=256, help="images a run (default: 256)")
+    options = parser.parse_args()
+    rows = []
+    for name, measure in (("decoded", decoded), ("jpeg", jpeg)):
+        if options.only in name:
+            with tempfile.TemporaryDirectory() as folder:
+                rows.append(measure(options.images, options.rounds, options.threads, Path(folder)))
+    torch.set_num_threads(options.threads)
+    harness.write("jobs", "cpu", rows, options.out, KEYS)
+
+
+if __name__ == "__main__":
+    main()

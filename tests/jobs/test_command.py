@@ -1,0 +1,129 @@
+"""`fastcam run` and `fastcam merge` from the outside: exit codes and what is printed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+pytest.importorskip("zarr")
+
+from fastcam import jobs
+from fastcam.cli import main
+
+MODEL = "fastcam._testing.jobs:tiny"
+
+
+@pytest.fixture
+def images(tmp_path):
+    """Prepared images in a file, one of which is not finite."""
+    array = np.random.default_rng(0).normal(size=(20, 3, 16, 16)).astype(np.float32)
+    np.save(tmp_path / "good.npy", array)
+    array[3, 0, 0, 0] = np.nan
+    np.save(tmp_path / "bad.npy", array)
+    return tmp_path
+
+
+def call(*words):
+    return main(["run", "--model", MODEL, *map(str, words)])
+
+
+def test_run_resume_and_exit_codes(images, capsys):
+    out = images / "a.zarr"
+    assert call("--images", images / "good.npy", "--out", out, "--json") == 0
+    printed = capsys.readouterr()
+    summary = json.loads(printed.out)
+    assert summary["done"] == summary["items"] == 20
+    assert set(summary["split"]) == {"decode", "wait", "attribute", "write"}
+    assert printed.err == ""
+    assert call("--images", images / "good.npy", "--out", out, "--resume") == 0
+    assert capsys.readouterr().out == f"{out}: 20 of 20 done, 0 failed\n"
+    assert call("--images", images / "good.npy", "--out", out) == 2
+    assert "exists; pass --resume" in capsys.readouterr().err
+    assert call("--images", images / "bad.npy", "--out", images / "b.zarr", "--quiet") == 3
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "lift_kam"], "did you mean 'lift_cam'"),
+        (["--method", "sfam"], "explains pairs of images"),
+        (["--layer", "featuers"], "features"),
+        (["--targets", "top9"], "more classes than the model's 5"),
+        (["--targets", "17"], "target 17 is out of range"),
+        (["--targets", "best"], "got 'best'"),
+        (["--option", "sed=3"], "no option 'sed'"),
+        (["--shard", "4/4"], "i from 0 to n - 1"),
+        (["--size", "-3"], "size must be layer, input, N or HxW"),
+        (["--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+        (["--images", "nowhere"], "nowhere"),
+        (["--batch-size", "0"], "batch_size must be an integer from 1 up or 'auto', got 0"),
+    ],
+)
+def test_wrong_usage_is_code_2_and_leaves_nothing(images, capsys, words, message):
+    given = {"--images": str(images / "good.npy"), "--out": str(images / "a.zarr"), **dict([words])}
+    assert call(*(word for pair in given.items() for word in pair)) == 2
+    assert message in capsys.readouterr().err
+    assert not (images / "a.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["--dtype", "int3"], ["--batch-size", "many"], ["--option", "=3"], ["--mean", "a,b"]]
+)
+def test_what_the_parser_refuses(images, words):
+    with pytest.raises(SystemExit) as stop:
+        call("--images", images / "good.npy", "--out", images / "a.zarr", *words)
+    assert stop.value.code == 2
+
+
+def test_a_machine_that_fails_is_code_1(images, capsys):
+    assert call("--images", images / "good.npy", "--out", "/proc/a.zarr") == 1
+    assert "cannot write to /proc/a.zarr" in capsys.readouterr().err
+
+
+def test_options_arrive(images):
+    out = images / "a.zarr"
+    words = ["--targets", "top2", "--size", "9x5", "--dtype", "float32", "--scores", "targets", "--limit", "18"]
+    assert call("--images", images / "good.npy", "--out", out, "--option", "relu=false", *words, "--quiet") == 0
+    store = jobs.Store(out)
+    assert store.column("maps").shape == (18, 2, 9, 5)
+    assert store.column("maps").dtype == np.float32
+    assert store.scores.shape == (18, 2)
+    assert store.provenance["options"]["relu"] is False
+    assert float(np.min(store.column("maps")[:])) < 0  # without ReLU
+
+
+def test_shards_and_merge(images, capsys):
+    for i in range(2):
+        assert call("--images", images / "good.npy", "--out", images / "p{i}.zarr", "--shard", f"{i}/2", "--quiet") == 0
+    words = [str(images / name) for name in ("m.zarr", "p0.zarr", "p1.zarr")]
+    assert main(["merge", *words]) == 0
+    assert capsys.readouterr().out.startswith(f"{images / 'm.zarr'}: 20 of 20 done, 0 failed")
+    assert main(["merge", *words]) == 2
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_is_code_130_and_can_be_gone_on_with(tmp_path, sent):
+    """A real process, stopped by a signal after its first results, then resumed to the end."""
+    np.save(tmp_path / "x.npy", np.zeros((200_000, 3, 8, 8), dtype=np.float16))
+    out = tmp_path / "a.zarr"
+    words = ["run", "--model", MODEL, "--images", str(tmp_path / "x.npy"), "--out", str(out), "--shard-rows", "64"]
+    command = [sys.executable, "-P", "-m", "fastcam.cli", *words, "--batch-size", "16", "--threads", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (out / "status" / "c" / "0").exists() and process.poll() is None:
+        time.sleep(0.02)
+    os.kill(process.pid, sent)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "interrupted; what was done is safe, go on with --resume" in error
+    assert "Traceback" not in error
+    done = int((jobs.Store(out).status == 1).sum())
+    assert 64 <= done < 200_000
+    assert not list((out / "journal").glob("*"))

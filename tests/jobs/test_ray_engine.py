@@ -1,0 +1,36 @@
+"""The Ray engine on a local cluster of two workers, one of which is killed at work."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("zarr")
+ray = pytest.importorskip("ray")
+pytest.importorskip("ray.data")
+
+from fastcam import jobs  # noqa: E402
+from fastcam._testing.jobs import Numbered, tiny  # noqa: E402
+from fastcam._testing.kills import same_arrays  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    ray.init(
+        num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="error", object_store_memory=80 << 20
+    )
+    yield
+    ray.shutdown()
+
+
+def test_a_killed_worker_loses_and_doubles_nothing(cluster, tmp_path):
+    """Equal to the bit to the local engine's store, though the process at work on item 70 is killed with SIGKILL."""
+    model, broken = tiny(), (3, 150)
+    jobs.run(model, Numbered(200, broken=broken), tmp_path / "local.zarr", targets="top2")
+    died = tmp_path / "died"
+    source = Numbered(200, broken=broken, deadly={70: died})
+    summary = jobs.run(model, source, tmp_path / "ray.zarr", targets="top2", engine="ray", actors=2, batch_size=16)
+    assert died.exists()
+    assert (summary.done, summary.failed, summary.exit_code) == (198, 2, 3)
+    same_arrays(tmp_path / "local.zarr", tmp_path / "ray.zarr")
+    again = jobs.run(model, source, tmp_path / "ray.zarr", targets="top2", engine="ray", resume=True)
+    assert (again.processed, again.done) == (0, 198)
