@@ -36,7 +36,7 @@ class Numbered:
     broken: Sequence[int] = ()
     odd: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     nan: Sequence[int] = ()
-    labels: Sequence[int | None] | None = None
+    labels: Sequence[Any] | None = None
     delay: float = 0.0
     deadly: Mapping[int, Path] = field(default_factory=dict)
     counted: Path | None = None
@@ -47,7 +47,7 @@ class Numbered:
     def key(self, index: int) -> str:
         return f"image-{index}"
 
-    def label(self, index: int) -> int | None:
+    def label(self, index: int) -> Any:
         return None if self.labels is None else self.labels[index]
 
     def image(self, index: int) -> torch.Tensor:

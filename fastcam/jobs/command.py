@@ -122,7 +122,11 @@ def _run_parser() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on with an existing store, or begin")
     add("--retry-failed", action="store_true", help="with --resume: items that failed are tried again")
     add("--limit", type=int, metavar="N", help="only the first N items")
-    add("--shard", metavar="i/n", help="only part i of n, counted from 0")
+    add(
+        "--shard",
+        metavar="i/n",
+        help="only part i of n, counted from 0; auto: as torchrun or Slurm number this process",
+    )
     add("--shard-rows", type=int, metavar="N", help="rows a shard file, a multiple of 16")
     add("--quiet", action="store_true", help="print nothing but errors")
     add("--json", action="store_true", help="print the summary as one line of JSON, and no progress")

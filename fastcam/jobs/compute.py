@@ -88,10 +88,14 @@ class Attributor:
         self.classes: int | None = None
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def probe(self, shape: Sequence[int], options: Options, rows: int) -> tuple[Layout, str]:
-        """The layout of results for images of `shape`, and the layer's name; JobError where the method cannot run."""
+    def probe(self, shape: Sequence[int], options: Options, rows: int, label: Any = None) -> tuple[Layout, str]:
+        """The layout of results for images of `shape`, and the layer's name; JobError where the method cannot run.
+
+        label  an item's label, which is one class or several
+        """
+        labels = np.zeros((2, *np.shape(label)), dtype=np.int64) if np.ndim(label) == 1 else None
         try:
-            result = self._explain(torch.zeros((2, *shape)), None)
+            result = self._explain(torch.zeros((2, *shape)), labels)
         except (ValueError, TypeError, IndexError) as error:
             raise JobError(str(error), usage=True) from error
         except RuntimeError as error:

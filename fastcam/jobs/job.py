@@ -62,7 +62,8 @@ def run(model: Any, images: Any, out: str | Path, *, quiet: bool = True, **optio
     resume         go on with the store if it exists; without, an existing store is an error
     retry_failed   work on items that failed before, too
     limit          only the first N items
-    shard          "i/n": part i of n, counted from 0, to be joined by `fastcam.jobs.merge`
+    shard          "i/n": part i of n, counted from 0, to be joined by `fastcam.jobs.merge` · "auto": as torchrun or
+                   Slurm number this process
     shard_rows     rows a shard file; a multiple of 16
     quiet          False: progress on stderr
 
@@ -204,7 +205,8 @@ class Job:
         options = self.options
         shape = self._first_shape()
         if shape:
-            layout, name = self.attributor.probe(shape, options, len(self))
+            label = self.source.label(self.start) if options.target_spec == "labels" else None
+            layout, name = self.attributor.probe(shape, options, len(self), label)
             if options.engine == "ray" and not options.shard_rows:
                 from .ray_engine import spread
 

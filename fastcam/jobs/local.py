@@ -145,13 +145,14 @@ class Pipeline:
         return None
 
     def _labels(self, batch: Batch, size: int) -> np.ndarray | None:
-        """Class of each slot; -1 where there is none."""
+        """Class or classes of each slot; -1 where there is none."""
         if self.attributor.targets != "labels":
             return None
-        labels: np.ndarray = np.full(size, -1, dtype=np.int64)
+        labels: np.ndarray = np.full((size, *self.writer.layout.target_shape), -1, dtype=np.int64)
         for row in batch.rows:
             label = self.source.label(self.offset + int(row))
-            labels[row - batch.first] = -1 if label is None else label
+            if label is not None and np.shape(label) == labels.shape[1:]:
+                labels[row - batch.first] = label
         return labels
 
     def _load(self, row: int, slot: np.ndarray) -> tuple[str, str]:
@@ -193,17 +194,19 @@ class Pipeline:
                 unfit = good & ~self._fits(labels[slots])
                 parts += [Part(slots[i : i + 1], reason=self._unfit(labels[slots[i]])) for i in np.flatnonzero(unfit)]
                 good &= ~unfit
-                labels = np.where(np.isin(np.arange(len(labels)), slots[good]), labels, 0)
+                labels = labels.copy()
+                labels[np.setdiff1d(np.arange(len(labels)), slots[good])] = 0
             parts += self.attributor(loading.buffer, slots[good], labels)
             self.meter.spent("attribute", time.perf_counter() - begin)
             self._results.put((loading, parts))
 
     def _fits(self, labels: np.ndarray) -> np.ndarray:
         classes = self.attributor.classes
-        return (labels >= 0) & ((labels < classes) if classes is not None else True)
+        fits = (labels >= 0) & ((labels < classes) if classes is not None else True)
+        return fits.reshape(len(labels), -1).all(axis=1)
 
-    def _unfit(self, label: int) -> str:
-        if label == -1:
+    def _unfit(self, label: np.ndarray) -> str:
+        if (label == -1).all():
             return "there is no label for this item"
         return f"label {label} is out of range: the model's classes are 0 to {(self.attributor.classes or 0) - 1}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -61,6 +62,8 @@ class Options:
                 raise ValueError(f"{name} must be an integer from {least} up{other}, got {value!r}")
         if "on_nonfinite" in self.options:
             raise ValueError("a job records maps that are not finite as failed items; leave on_nonfinite out")
+        if self.shard == "auto":
+            object.__setattr__(self, "shard", _own_shard())
         self.target_spec  # noqa: B018  (checked now)
         self.map_size  # noqa: B018
         self.shard_of  # noqa: B018
@@ -112,7 +115,7 @@ class Options:
             return 0, 1
         match = re.fullmatch(r"(\d+)/(\d+)", self.shard)
         if match is None or not int(match[1]) < int(match[2]):
-            raise ValueError(f"shard must be i/n with i from 0 to n - 1, as in 0/4; got {self.shard!r}")
+            raise ValueError(f"shard must be auto, or i/n with i from 0 to n - 1, as in 0/4; got {self.shard!r}")
         return int(match[1]), int(match[2])
 
     @property
@@ -120,6 +123,14 @@ class Options:
         """Where the store goes: `out`, with {i} and {n} replaced by the shard's numbers."""
         i, n = self.shard_of
         return Path(str(self.out).replace("{i}", str(i)).replace("{n}", str(n)))
+
+
+def _own_shard() -> str:
+    """i/n of this process among those torchrun or Slurm started."""
+    for rank, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        if rank in os.environ and count in os.environ:
+            return f"{os.environ[rank]}/{os.environ[count]}"
+    raise ValueError("shard 'auto' needs RANK and WORLD_SIZE (torchrun), or Slurm's variables; give i/n instead")
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...]) -> None:

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,8 @@ __all__ = ["BlockWriter", "JobError", "Lock", "create", "differences", "facts_of
 ATTRIBUTE = "fastcam"
 JOURNAL = "journal"
 LOCK = "writer.lock"
+#: Seconds after which a block that is not full yet is written all the same, for those who look at a running job.
+FLUSH = 60.0
 
 
 class JobError(RuntimeError):
@@ -155,6 +158,7 @@ class BlockWriter:
         group = need_zarr().open_group(durable_store(root), mode="r+", zarr_format=3)
         self._arrays = {name: group[name] for name in layout.columns()}
         self._open: _Block | None = None
+        self._flushed = time.monotonic()
 
     def recover(self) -> np.ndarray:
         """(rows,) status after a crash: half-written files deleted, journalled results counted, not yet moved."""
@@ -192,6 +196,8 @@ class BlockWriter:
         for name, column in results.items():
             block.columns[name][rows - first] = column
         block.stale = True
+        if time.monotonic() - self._flushed > FLUSH:
+            self.flush()
 
     def flush(self) -> None:
         """Write the open block's shards, and forget its journal."""
@@ -203,6 +209,7 @@ class BlockWriter:
             for name, array in self._arrays.items():
                 array[start:stop] = block.columns[name]
             block.stale = False
+            self._flushed = time.monotonic()
         for path in self._journal(block.index):
             path.unlink(missing_ok=True)
 

@@ -163,6 +163,20 @@ def test_labels_are_targets_and_bad_ones_are_recorded(model, tmp_path):
     assert torch.equal(store.raw(7), result.raw[7])
 
 
+def test_several_labels_an_item(model, tmp_path):
+    labels = [(row % 5, (row + 2) % 5) for row in range(20)]
+    labels[4], labels[5] = (1, 9), (3,)
+    jobs.run(model, Numbered(20, labels=labels), tmp_path / "a.zarr", targets="labels", dtype="float32")
+    store = jobs.Store(tmp_path / "a.zarr")
+    assert store.errors[4] == "label [1 9] is out of range: the model's classes are 0 to 4"
+    assert store.errors[5] == "there is no label for this item"
+    labels[4] = labels[5] = (0, 0)
+    result = fastcam.attribute(model, images(Numbered(20), range(16)), targets=labels[:16])
+    for row in (0, 3, 6, 15):
+        assert torch.equal(store.raw(row), result.raw[row])
+        assert store.targets[row].tolist() == list(labels[row])
+
+
 def test_only_the_scores_explained(model, tmp_path):
     source = Numbered(18)
     jobs.run(model, source, tmp_path / "a.zarr", targets="top2", scores="targets")

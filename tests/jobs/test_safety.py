@@ -223,6 +223,22 @@ def test_ctrl_c_leaves_a_store_to_go_on_with(tmp_path, model):
     same_arrays(out, tmp_path / "b.zarr")
 
 
+def test_a_running_job_shows_its_results_now_and_then(model, whole, tmp_path, monkeypatch):
+    """With the pause between looks at zero, every batch is in the arrays at once."""
+    monkeypatch.setattr(writer, "FLUSH", 0.0)
+    seen = []
+
+    class Looks(Numbered):
+        def label(self, index):
+            if (out / "status" / "c").exists():
+                seen.append(int((read(out)["status"] != PENDING).sum()))
+            return 0
+
+    out = tmp_path / "a.zarr"
+    jobs.run(model, Looks(200), out, **{**OPTIONS, "targets": "labels", "shard_rows": 208})
+    assert any(0 < count < 200 for count in seen)
+
+
 def test_an_existing_store_is_not_touched_unasked(model, source, whole):
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     with pytest.raises(jobs.JobError, match="exists; pass --resume") as error:

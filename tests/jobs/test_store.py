@@ -106,6 +106,18 @@ def test_a_job_in_shards_merges_into_the_whole_job(model, tmp_path):
     assert not (tmp_path / "b.zarr").exists()
 
 
+def test_shards_by_torchrun_and_slurm(model, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="needs RANK and WORLD_SIZE"):
+        jobs.run(model, Numbered(40), tmp_path / "{i}.zarr", shard="auto")
+    monkeypatch.setenv("SLURM_PROCID", "2")
+    monkeypatch.setenv("SLURM_NTASKS", "3")
+    assert jobs.run(model, Numbered(40), tmp_path / "{i}.zarr", shard="auto").store == tmp_path / "2.zarr"
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    jobs.run(model, Numbered(40), tmp_path / "{i}.zarr", shard="auto")
+    assert jobs.Store(tmp_path / "1.zarr").ids == [f"image-{row}" for row in range(16, 32)]
+
+
 def test_more_shards_than_tiles(model, tmp_path):
     source = Numbered(20)
     jobs.run(model, source, tmp_path / "whole.zarr")
