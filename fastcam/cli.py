@@ -33,9 +33,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     demo = commands.add_parser("demo", help="run the methods on small real images: a table and a picture")
-    demo.add_argument("--images", type=_positive, default=64, metavar="N", help="held-out images (default: 64)")
+    demo.add_argument("--images", type=_positive, default=200, metavar="N", help="held-out images (default: 200)")
     demo.add_argument(
-        "--out", default="fastcam-demo", metavar="DIR", help="folder of the picture (default: %(default)s)"
+        "--out",
+        default="fastcam-demo",
+        metavar="DIR",
+        help="folder of the picture and the maps, gone on with if it is there (default: %(default)s)",
     )
     demo.add_argument("--model", choices=("tiny_resnet", "tiny_vgg", "both"), default="both")
     demo.add_argument(
@@ -62,7 +65,11 @@ def _demo(given: argparse.Namespace) -> int:
 
     if given.threads:
         torch.set_num_threads(given.threads)
-    report = demo.run(images=given.images, out=given.out, model=given.model, methods=given.methods)
+    try:
+        report = demo.run(images=given.images, out=given.out, model=given.model, methods=given.methods)
+    except demo.jobs.JobError as error:
+        print(f"fastcam: {error}", file=sys.stderr)
+        return 1
     print(report.text)
     print(f"\npicture: {report.picture}")
     return 0

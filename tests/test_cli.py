@@ -44,7 +44,7 @@ def test_bad_arguments_are_named(arguments, message, capsys):
 
 
 def test_demo_prints_a_table_and_writes_a_picture(capsys, tmp_path):
-    for package in ("sklearn", "skimage", "safetensors", "matplotlib"):
+    for package in ("sklearn", "skimage", "safetensors", "matplotlib", "zarr"):
         pytest.importorskip(package)
     from PIL import Image
 
@@ -65,6 +65,14 @@ def test_demo_prints_a_table_and_writes_a_picture(capsys, tmp_path):
     with Image.open(path) as picture:
         assert picture.width > 400
         assert picture.height > 800
+    # Three methods and models apply, with 4 images each; a second run finds their maps and explains none again.
+    assert lines[-3] == f"maps: {tmp_path / 'new' / 'maps-4'}/, 12 explained in this run"
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "new" / "maps-4").rglob("*") if file.is_file()}
+    assert main(arguments) == 0
+    again = capsys.readouterr().out.splitlines()
+    assert again[-3] == f"maps: {tmp_path / 'new' / 'maps-4'}/, 0 explained in this run"
+    assert [line.split()[2] for line in again[1:5]] == [line.split()[2] for line in lines[1:5]]  # the same pointing
+    assert before == {file: file.stat().st_mtime_ns for file in before}
 
 
 def test_a_missing_extra_is_one_line_with_the_command(capsys, monkeypatch, tmp_path):

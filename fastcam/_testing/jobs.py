@@ -22,6 +22,7 @@ __all__ = ["Numbered", "tiny"]
 class Numbered:
     """`count` images (3, *size) of noise, each seeded by its number.
 
+    names    what items are called, or "image-0", ...
     broken   numbers whose load raises ItemError("broken on purpose")
     odd      number -> size it has instead
     nan      numbers whose image holds a NaN
@@ -33,6 +34,7 @@ class Numbered:
 
     count: int
     size: tuple[int, int] = (16, 16)
+    names: Sequence[str] | None = None
     broken: Sequence[int] = ()
     odd: Mapping[int, tuple[int, int]] = field(default_factory=dict)
     nan: Sequence[int] = ()
@@ -45,7 +47,7 @@ class Numbered:
         return self.count
 
     def key(self, index: int) -> str:
-        return f"image-{index}"
+        return f"image-{index}" if self.names is None else self.names[index]
 
     def label(self, index: int) -> Any:
         return None if self.labels is None else self.labels[index]

@@ -18,7 +18,7 @@ import torch
 import fastcam
 
 from .compute import Attributor
-from .layout import DONE, FAILED, TILE, Layout
+from .layout import DONE, FAILED, TILE, Layout, storable
 from .local import Pipeline, batches, default_workers
 from .options import Options
 from .progress import Meter, Summary
@@ -223,7 +223,7 @@ class Job:
             "shard_rows": options.shard_rows,
             "layout": layout.to_json(),
         }
-        ids = [self.source.key(index) for index in range(self.start, self.stop)]
+        ids = [storable(self.source.key(index)) for index in range(self.start, self.stop)]
         try:
             create(self.root, layout, ids, facts)
         except OSError as error:

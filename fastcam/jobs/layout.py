@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 __all__ = ["DONE", "FAILED", "PENDING", "TILE", "Layout", "blank", "create_arrays", "durable_store", "need_zarr"]
-__all__ += ["partial_files", "sync_folder", "write_durably"]
+__all__ += ["partial_files", "storable", "sync_folder", "write_durably"]
 
 PENDING, DONE, FAILED = 0, 1, 2
 #: A block is held in memory while it fills, and rewritten as a whole: this bounds both.
@@ -105,6 +105,11 @@ def blank(name: str, dtype: Any) -> Any:
     if name == "targets":
         return -1
     return np.nan if name == "scores" else 1 if name == "scale" else 0
+
+
+def storable(text: str, most: int = 100_000) -> str:
+    """Text as the store's UTF-8 arrays can hold it: bytes of a name that are no UTF-8 show as \\udc.., NUL as \\0."""
+    return text[:most].replace("\0", "\\0").encode("utf-8", "backslashreplace").decode()
 
 
 def need_zarr() -> Any:

@@ -27,6 +27,8 @@ __all__ = ["Batch", "Pipeline", "batches", "default_workers"]
 
 #: Batches being decoded, waiting or in the network at a time, and batches of results waiting for the disk.
 BUFFERS, RESULTS = 4, 2
+#: In the place of labels of which there are too many or too few.
+_MANY = -2
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,8 @@ class Pipeline:
         labels: np.ndarray = np.full((size, *self.writer.layout.target_shape), -1, dtype=np.int64)
         for row in batch.rows:
             label = self.source.label(self.offset + int(row))
-            if label is not None and np.shape(label) == labels.shape[1:]:
-                labels[row - batch.first] = label
+            if label is not None:
+                labels[row - batch.first] = label if np.shape(label) == labels.shape[1:] else _MANY
         return labels
 
     def _load(self, row: int, slot: np.ndarray) -> tuple[str, str]:
@@ -208,6 +210,8 @@ class Pipeline:
     def _unfit(self, label: np.ndarray) -> str:
         if (label == -1).all():
             return "there is no label for this item"
+        if (label == _MANY).all():
+            return "this item has another number of labels than the first"
         return f"label {label} is out of range: the model's classes are 0 to {(self.attributor.classes or 0) - 1}"
 
     def _write(self) -> None:

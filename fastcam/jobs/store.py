@@ -132,6 +132,13 @@ class Store:
         """
         return self._finished(self.raw(item).unsqueeze(0), size, normalize)[0]
 
+    def maps(self, start: int, stop: int, size: str | Sequence[int] | None = None, *, normalize: bool = True) -> Tensor:
+        """Maps of rows [start, stop) as `map` gives them, in one tensor; of items that are not done, zeros."""
+        rows = slice(start, min(stop, len(self)))
+        raw = self._restored(rows)
+        raw[torch.from_numpy(np.asarray(self._arrays["status"][rows]) != DONE)] = 0
+        return self._finished(raw, size, normalize)
+
     def _finished(self, raw: Tensor, size: str | Sequence[int] | None, normalize: bool) -> Tensor:
         wanted = self.input_size if size == "input" else None if size is None else tuple(int(n) for n in size)
         # `finish` reads of the features only how many spatial dimensions they have.

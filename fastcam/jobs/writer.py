@@ -24,13 +24,15 @@ from typing import Any
 
 import numpy as np
 
-from .layout import FAILED, Layout, create_arrays, durable_store, need_zarr, partial_files, write_durably
+from .layout import FAILED, Layout, create_arrays, durable_store, need_zarr, partial_files, storable, write_durably
 
 __all__ = ["BlockWriter", "JobError", "Lock", "create", "differences", "facts_of", "failed"]
 
 ATTRIBUTE = "fastcam"
 JOURNAL = "journal"
 LOCK = "writer.lock"
+#: Letters of a reason that are kept.
+LONGEST = 1000
 #: Seconds after which a block that is not full yet is written all the same, for those who look at a running job.
 FLUSH = 60.0
 
@@ -253,6 +255,6 @@ def _read_record(path: Path) -> dict[str, np.ndarray]:
 def failed(layout: Layout, reasons: list[str]) -> dict[str, np.ndarray]:
     """Results of items that have none, with the reason each."""
     columns = layout.empty(len(reasons))
-    columns["error"][:] = reasons
+    columns["error"][:] = [storable(reason, LONGEST) for reason in reasons]
     columns["status"][:] = FAILED
     return columns

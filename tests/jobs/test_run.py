@@ -169,12 +169,30 @@ def test_several_labels_an_item(model, tmp_path):
     jobs.run(model, Numbered(20, labels=labels), tmp_path / "a.zarr", targets="labels", dtype="float32")
     store = jobs.Store(tmp_path / "a.zarr")
     assert store.errors[4] == "label [1 9] is out of range: the model's classes are 0 to 4"
-    assert store.errors[5] == "there is no label for this item"
+    assert store.errors[5] == "this item has another number of labels than the first"
     labels[4] = labels[5] = (0, 0)
     result = fastcam.attribute(model, images(Numbered(20), range(16)), targets=labels[:16])
     for row in (0, 3, 6, 15):
         assert torch.equal(store.raw(row), result.raw[row])
         assert store.targets[row].tolist() == list(labels[row])
+
+
+def test_any_name_and_any_reason_can_be_stored(model, tmp_path):
+    """Bytes of a file name that are no UTF-8, NUL, an emoji, 3000 letters; a reason of 100 kB with NUL in it."""
+    names = ["\udcff.jpg", "a\0b", "\N{BACTRIAN CAMEL}.png", "x" * 3000]
+
+    class Talks(Numbered):
+        def load(self, index):
+            if index == 1:
+                raise ValueError("no\0\udce4 " + "y" * 100_000)
+            return super().load(index)
+
+    jobs.run(model, Talks(4, names=names), tmp_path / "a.zarr")
+    store = jobs.Store(tmp_path / "a.zarr")
+    assert store.ids == ["\\udcff.jpg", "a\\0b", "\N{BACTRIAN CAMEL}.png", "x" * 3000]
+    assert store.errors[1].startswith("no\\0\\udce4 yyy")
+    assert len(store.errors[1]) < 1020
+    assert (store.status == [DONE, FAILED, DONE, DONE]).all()
 
 
 def test_only_the_scores_explained(model, tmp_path):
