@@ -105,8 +105,10 @@ def facts_of(root: Path) -> dict[str, Any] | None:
     found = json.loads(path.read_text())["attributes"].get(ATTRIBUTE) if path.is_file() else None
     if found is None and root.exists():
         ours = {LOCK, JOURNAL, "zarr.json", "ids", *Layout(0, (), False, ()).columns()}
+        if not root.is_dir():
+            raise JobError(f"{root} is a file; choose another --out", usage=True)
         foreign = sorted(p.name for p in root.iterdir() if p.name not in ours and not p.name.endswith(".partial"))
-        if not root.is_dir() or foreign:
+        if foreign:
             what = f"holds {foreign[0]!r} and is no store of fastcam's"
             raise JobError(f"{root} {what}; choose another --out", usage=True)
     return found

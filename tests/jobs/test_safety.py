@@ -252,6 +252,9 @@ def test_another_folder_is_not_touched(model, source, tmp_path):
     with pytest.raises(jobs.JobError, match=r"holds 'holiday.jpg' and is no store"):
         jobs.run(model, source, tmp_path, resume=True)
     assert [path.name for path in tmp_path.iterdir()] == ["holiday.jpg"]
+    with pytest.raises(jobs.JobError, match=r"holiday\.jpg is a file"):
+        jobs.run(model, source, tmp_path / "holiday.jpg", resume=True)
+    assert (tmp_path / "holiday.jpg").read_bytes() == b"precious"
 
 
 @pytest.mark.parametrize(
