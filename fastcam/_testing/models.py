@@ -8,12 +8,13 @@ and the layer to explain is the module `features`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from fastcam._torchvision import torchvision_models
 
 __all__ = ["Net", "by_hand", "gap_linear", "residual", "seeded", "structured", "tokens", "torchvision_models"]
 __all__ += ["vgg_like"]
@@ -21,36 +22,6 @@ __all__ += ["vgg_like"]
 CLASSES = 5
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _POOL = {1: nn.AdaptiveAvgPool1d, 2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
-#: Schemas of torchvision's missing operators; they live as long as this object does.
-_SCHEMAS: list[torch.library.Library] = []
-
-
-def torchvision_models() -> ModuleType:
-    """`torchvision.models`, also where torchvision was built for a CUDA torch and this torch is the CPU one.
-
-    Such a torchvision fails on import because its operators are not there. Their schemas are all the classifiers need,
-    so they are declared and the import is tried again; the operators themselves still raise (no detection models).
-
-    Raises ImportError with the command that cures it where torchvision is missing.
-    """
-    try:
-        import torchvision.models as models
-    except ModuleNotFoundError as error:
-        if error.name != "torchvision":
-            raise
-        raise ImportError(
-            "torchvision is not installed; install the release that belongs to this torch without its dependencies: "
-            "pip install --no-deps torchvision pillow"
-        ) from error
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _SCHEMAS.append(library)
-        import torchvision.models as models
-    return models
 
 
 def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
