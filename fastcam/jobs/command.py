@@ -108,7 +108,7 @@ def _run_parser() -> argparse.ArgumentParser:
     add("--mean", type=_numbers, metavar="R,G,B")
     add("--std", type=_numbers, metavar="R,G,B")
     add("--interpolation", help="of resizing, e.g. bilinear or bicubic")
-    add("--crop", type=float, help="side of the central crop over that of the resized image")
+    add("--crop", type=_share, help="share of the shorter side that is kept, as in 0.875; squash: all, out of aspect")
     add("--batch-size", type=_count_or_auto, default="auto", metavar="N|auto")
     add("--precision", choices=("fp16", "bf16", "fp32", "fp64"))
     add("--channels-last", action="store_true")
@@ -161,6 +161,10 @@ def _numbers(text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be numbers, one a channel, as in 0.5,0.5,0.5; got {text!r}") from None
+
+
+def _share(text: str) -> float | str:
+    return text if text == "squash" else float(text)
 
 
 def _size(text: str) -> int | tuple[int, ...]:

@@ -173,14 +173,13 @@ class Job:
     def _facts(self) -> dict[str, Any]:
         """Provenance, of which the keys in `writer.IDENTITY` must not change."""
         options, loaded = self.options, self.loaded
-        describe = getattr(loaded.prepare, "describe", None)
         size = options.map_size
         return {
             "format": 1,
             "model": loaded.spec,
             "weights_hash": loaded.weights_hash,
             "classes": list(loaded.classes) if loaded.classes else None,
-            "preprocessing": _plain(describe() if describe else repr(loaded.prepare)),
+            "preprocessing": _plain(loaded.prepare.describe()),
             "method": options.method,
             "options": _plain(self.attributor.explainer.options),
             "layer": options.layer,
@@ -232,9 +231,13 @@ class Job:
 
     def _first_shape(self) -> tuple[int, ...] | None:
         for index in range(self.start, self.stop):
+            prepare, picture = self.loaded.prepare, None
             try:
-                return tuple(self.loaded.prepare(self.source.load(index).image).shape)
+                picture = self.source.load(index).image
+                return tuple(prepare(picture).shape)
             except Exception as error:  # it will be recorded when its turn comes
+                if picture is not None and not prepare.known:
+                    raise JobError(str(error), usage=True) from error
                 log.debug("item %d cannot be read: %s", index, error)
         return None
 

@@ -32,7 +32,7 @@ class Options:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     interpolation: str | None = None
-    crop: float | None = None
+    crop: float | str | None = None
     batch_size: str | int = "auto"
     precision: str | None = None
     channels_last: bool = False
