@@ -79,6 +79,16 @@ class Layout:
             "status": ((), np.dtype("uint8")),
         }
 
+    def dimensions(self, name: str) -> tuple[str, ...]:
+        """Names of an array's dimensions, by which xarray knows which belong together."""
+        targets = ("target",) * len(self.target_shape)
+        if name == "maps":
+            spatial = len(self.map_shape) - len(targets)
+            return ("item", *targets, *("z", "y", "x")[3 - spatial :])
+        if name == "scores" and self.score_shape != self.target_shape:
+            return ("item", *(f"class_{axis}" if axis else "class" for axis in range(len(self.score_shape))))
+        return ("item", *targets) if name in ("scores", "targets", "scale", "offset") else ("item",)
+
     def empty(self, rows: int) -> dict[str, np.ndarray]:
         """Columns of `rows` pending items."""
         found: dict[str, np.ndarray] = {}
@@ -189,6 +199,7 @@ def create_arrays(root: Path, layout: Layout, ids: list[str]) -> None:
             shards=(layout.block, *(max(1, size) for size in shape)),
             dtype=dtype,
             fill_value=blank(name, dtype),
+            dimension_names=layout.dimensions(name),
             overwrite=True,
             # An all-blank chunk is a file too: a delete in place of a write would need an order of its own.
             config={"write_empty_chunks": True},

@@ -300,6 +300,10 @@ def test_a_store_opens_with_plain_zarr(whole):
     assert group["maps"].shards == (32, 2, 8, 8)
     assert group["maps"].chunks[0] <= 32
     assert group["ids"][8] == "image-8"
+    names = {name: array.metadata.dimension_names for name, array in group.arrays()}  # xarray goes by these
+    assert names["maps"] == ("item", "target", "y", "x")
+    assert names["scores"] == ("item", "class")
+    assert names["status"] == names["ids"] == ("item",)
     facts = dict(group.attrs)["fastcam"]
     for key in ("model", "weights_hash", "method", "options", "versions", "commit", "preprocessing", "source"):
         assert key in facts
