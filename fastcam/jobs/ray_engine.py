@@ -9,6 +9,7 @@ The nodes see `out` and the images under the same paths (a shared file system).
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,6 +107,7 @@ def run_blocks(job: Job, meter: Meter) -> None:
     own = not ray.is_initialized()
     if own:
         ray.init(include_dashboard=False, logging_level="warning", log_to_driver=False)
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
     try:
         _stream(ray, job, meter, blocks)
     except ray.exceptions.RayError as error:

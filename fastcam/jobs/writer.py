@@ -24,7 +24,17 @@ from typing import Any
 
 import numpy as np
 
-from .layout import FAILED, Layout, create_arrays, durable_store, need_zarr, partial_files, storable, write_durably
+from .layout import (
+    FAILED,
+    Layout,
+    create_arrays,
+    durable_store,
+    need_zarr,
+    partial_files,
+    storable,
+    sync_folder,
+    write_durably,
+)
 
 __all__ = ["BlockWriter", "JobError", "Lock", "create", "differences", "facts_of", "failed"]
 
@@ -120,6 +130,7 @@ def create(root: Path, layout: Layout, ids: list[str], facts: Mapping[str, Any])
     for path in root.iterdir():
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+    sync_folder(root.absolute().parent)  # the store's own name
     create_arrays(root, layout, ids)
     group = zarr.open_group(durable_store(root), mode="a", zarr_format=3)
     group.attrs.update({ATTRIBUTE: {**facts, "layout": layout.to_json()}})
