@@ -27,7 +27,7 @@ from .scenes import GENERATOR_VERSION, Scenes, make_scenes
 
 __all__ = ["Report", "Row", "draw", "measure", "run", "table"]
 
-TIMED_IMAGES = 32
+TIMED_IMAGES = 16
 PICTURE_SCENES = {"tiny_resnet": (4, 44), "tiny_vgg": (54, 33)}
 """Test scenes in the picture, chosen by looks before any map was seen, on photographs in the public domain or CC0."""
 
@@ -210,15 +210,15 @@ def _cell(image: Tensor, attribution: Tensor, mask: Tensor) -> Tensor:
     return render.ring(pixels, row, column, colour=(255, 255, 255) if mask[row, column] else (255, 0, 200))
 
 
-def _alternate(plain: Callable[[], object], full: Callable[[], object], *, budget: float = 0.8) -> tuple[float, float]:
+def _alternate(plain: Callable[[], object], full: Callable[[], object], *, budget: float = 0.5) -> tuple[float, float]:
     """Median seconds of `full`, and median over rounds of full / plain, each round one call of both after a warm-up.
 
-    At least 5 rounds, at most 25, about `budget` seconds.
+    At least 3 rounds, at most 25, about `budget` seconds.
     """
     plain(), full()
     times: list[tuple[float, float]] = []
     begin = time.perf_counter()
-    while len(times) < 5 or (len(times) < 25 and time.perf_counter() - begin < budget):
+    while len(times) < 3 or (len(times) < 25 and time.perf_counter() - begin < budget):
         start = time.perf_counter()
         plain()
         between = time.perf_counter()
