@@ -24,6 +24,8 @@ SCHEMAS = {
     ),
     # (B,K,H,W) x (B[,T],K,H,W) -> contiguous (B[,T],K) in the accumulation dtype.
     "channel_weights": '(Tensor features, Tensor multipliers, Tensor? reference=None, str mode="mean") -> Tensor',
+    # (N,C,H,W), bool (N,H,W) -> contiguous (N,C,H,W) in the images' dtype
+    "impute_linear": "(Tensor images, Tensor missing, int iterations=12) -> Tensor",
     # LFI-CAM, features (B,K,h,w). Results shaped like them are as empty_like(features); grey and importance may be in
     # the accumulation dtype. (B,1,h,w) -> masks
     "lfi_mask": "(Tensor features, Tensor grey) -> Tensor",

@@ -39,7 +39,7 @@ def test_build_config_tells_the_facts():
     assert config["compiler"].split()[0] in ("gcc", "clang")
     assert config["threads"] == torch.get_num_threads()
     ops = {"cam_map.with_raw", "channel_weights", "mask_by_features", "rescale_multipliers"}
-    ops |= {"lfi_mask", "lfi_mask_backward", "lfi_attend", "lfi_attend_backward"}
+    ops |= {"impute_linear", "lfi_mask", "lfi_mask_backward", "lfi_attend", "lfi_attend_backward"}
     ops |= {f"relevance_{op}" for op in ("divide", "add", "split", "budgets", "equilibrium", "combine")}
     assert set(config["ops"]["CPU"]) >= ops
     assert config["cuda"] == bool(config["ops"]["CUDA"])

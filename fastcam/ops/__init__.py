@@ -6,6 +6,7 @@ The same ops stand at `torch.ops.fastcam.<name>` for graphs and C++; those are n
 from fastcam.ops import lfi_attend_backward, lfi_mask_backward  # noqa: F401  (registered, not for callers)
 from fastcam.ops.cam_map import cam_map, cam_map_with_raw
 from fastcam.ops.channel_weights import channel_weights
+from fastcam.ops.impute_linear import impute_linear
 from fastcam.ops.lfi_attend import lfi_attend
 from fastcam.ops.lfi_mask import lfi_mask
 from fastcam.ops.mask_by_features import mask_by_features
@@ -24,6 +25,7 @@ __all__ = [
     "cam_map",
     "cam_map_with_raw",
     "channel_weights",
+    "impute_linear",
     "lfi_attend",
     "lfi_mask",
     "mask_by_features",

@@ -2,6 +2,7 @@
 
 from fastcam.reference.cam_map import cam_map
 from fastcam.reference.channel_weights import channel_weights
+from fastcam.reference.impute_linear import impute_linear
 from fastcam.reference.lfi_attend import lfi_attend
 from fastcam.reference.lfi_attend_backward import lfi_attend_backward
 from fastcam.reference.lfi_mask import lfi_mask
@@ -21,6 +22,7 @@ from fastcam.reference.similarity_weights import similarity_weights
 __all__ = [
     "cam_map",
     "channel_weights",
+    "impute_linear",
     "lfi_attend",
     "lfi_attend_backward",
     "lfi_mask",

@@ -1,0 +1,67 @@
+// impute_linear on CPUs: one task an image, the leaf of impute_linear_solver.h, registration.
+//
+// An image's channels share its pyramid of holes. Images are independent, so results depend neither on the batch nor on
+// the number of threads.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <vector>
+
+#include "cpu/impute_linear_solver.h"
+#include "ops.h"
+
+namespace fastcam::cpu {
+namespace {
+
+using at::Tensor;
+
+template <typename A>
+void compute(const Tensor& values, const Tensor& missing, int64_t iterations) {
+  const int64_t channels = values.size(1), height = values.size(2), width = values.size(3);
+  const ImputeShape shape = impute_shape(height, width);
+  auto* pixels = static_cast<A*>(values.mutable_data_ptr());
+  const auto* holes = static_cast<const bool*>(missing.const_data_ptr());
+  at::parallel_for(0, values.size(0), 1, [&](int64_t begin, int64_t end) {
+    std::vector<A> planes(impute_scratch<A>(shape));
+    std::vector<int64_t> spans(2 * shape.rows[shape.levels]);
+    const std::unique_ptr<bool[]> flags(new bool[2 * shape.offset[shape.levels]]);
+    for (int64_t n = begin; n < end; ++n) {
+      std::fill(planes.begin(), planes.end(), A(0));
+      ImputeArgs<A> args;
+      args.values = pixels + n * channels * height * width, args.missing = holes + n * height * width;
+      args.channels = channels, args.height = height, args.width = width;
+      args.iterations = static_cast<int>(iterations);
+      args.shape = shape, args.planes = planes.data(), args.spans = spans.data(), args.flags = flags.get();
+      run<ImputeLinear<A>>(args);
+    }
+  });
+}
+
+Tensor impute_linear(const Tensor& images, const Tensor& missing, int64_t iterations) {
+  const char* op = "impute_linear";
+  check_no_grad(op, images);
+  check_features(op, images, "images", "(N,C,H,W)");
+  TORCH_CHECK_TYPE(missing.scalar_type() == at::kBool, op, ": missing must be bool, got ", missing.scalar_type());
+  TORCH_CHECK_VALUE(missing.dim() == 3 && missing.size(0) == images.size(0) && missing.size(1) == images.size(2) &&
+                        missing.size(2) == images.size(3),
+                    op, ": missing must fit images ", images.sizes(), ", got ", missing.sizes());
+  TORCH_CHECK_VALUE(iterations >= 1 && iterations < (int64_t{1} << 31), op, ": iterations must be at least 1, got ",
+                    iterations);
+  const auto dtype = images.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, op,
+                   ": images must be float64, float32, float16 or bfloat16, got ", dtype);
+  const Tensor values = at::empty(images.sizes(), images.options().dtype(accumulation_dtype(dtype))
+                                                      .memory_format(at::MemoryFormat::Contiguous));
+  values.copy_(images);
+  const Tensor holes = missing.contiguous();
+  if (values.numel() == 0) return values.to(dtype);
+  dtype == at::kDouble ? compute<double>(values, holes, iterations) : compute<float>(values, holes, iterations);
+  return values.to(dtype);  // what was known comes back as it was
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(fastcam, CPU, m) { m.impl("impute_linear", impute_linear); }
+
+}  // namespace fastcam::cpu
