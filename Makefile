@@ -10,7 +10,7 @@ PACKAGES := $(VENV)/.packages
 BUILT := $(VENV)/.built-ext=$(or $(FASTCAM_BUILD_EXT),auto)-cuda=$(or $(FASTCAM_BUILD_CUDA),auto)
 SOURCES := pyproject.toml setup.py kernels/__init__.py $(shell find csrc -type f)
 
-.PHONY: venv demo test test-peers lint format typecheck bench gpu-check clean
+.PHONY: venv demo test test-peers lint format typecheck bench faithfulness gpu-check clean
 
 venv: $(BUILT)
 
@@ -63,6 +63,12 @@ format: venv
 
 typecheck: venv
 	$(BIN)/mypy
+
+# Every method on the testbed by every metric, minutes; then docs/faithfulness.md from the committed results.
+faithfulness: venv
+	$(BIN)/python -P benchmarks/faithfulness/bench_table.py --model tiny_resnet
+	$(BIN)/python -P benchmarks/faithfulness/bench_table.py --model tiny_vgg
+	$(BIN)/python -P benchmarks/readme.py
 
 bench: venv
 	for suite in benchmarks/*/bench_*.py; do $(BIN)/python -P $$suite || exit 1; done

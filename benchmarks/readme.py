@@ -14,6 +14,9 @@ from typing import Any
 
 import fastcam
 
+sys.path.insert(0, str(Path(__file__).resolve().parent / "faithfulness"))
+import page
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / fastcam.__version__
 
@@ -517,6 +520,30 @@ def attention_costs() -> list[str]:
     return lines
 
 
+def metric_costs() -> str:
+    if not measured("metrics"):
+        return "Not measured yet (`python -P benchmarks/metrics/bench_metrics.py`)."
+    meta, rows, path = load("metrics")
+    lines = [
+        f"Float32, {machine(meta)}, {meta['chunk']} inputs a pass. [{Path(path).name}](../{path}), from `{meta['command']}`; results "
+        "are compared before anything is timed.",
+        "",
+        "| what | measured | goal |",
+        "| --- | ---: | ---: |",
+    ]
+    for name, row in rows.items():
+        if not row["match"]:
+            continue
+        if "multiple" in row:
+            lines.append(f"| {name} | {row['multiple']:.2f} x the bare forward passes | 1.1 x |")
+        else:
+            goal = "10 x" if name.startswith("road") else ""
+            lines.append(
+                f"| {name} | {row['speedup']['pytorch-grad-cam']:.1f} x faster than pytorch-grad-cam | {goal} |"
+            )
+    return "\n".join(lines)
+
+
 #: Document -> its sections.
 DOCUMENTS = {
     "README.md": {
@@ -528,6 +555,8 @@ DOCUMENTS = {
     },
     "docs/similarity.md": {"sfam": sfam},
     "docs/lfi-cam.md": {"lfi_cam": lfi_cam},
+    "docs/faithfulness.md": {"claims": page.claims, "tables": page.tables},
+    "docs/metrics.md": {"costs": metric_costs},
 }
 
 

@@ -21,6 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from fastcam.jobs import command
 
             return command.main(words)
+        if words[:1] == ["evaluate"]:
+            from fastcam.metrics import command as evaluation
+
+            return evaluation.main(words[1:])
         given = _parser().parse_args(words)
         return int(given.run(given))
     except ImportError as error:
@@ -52,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("run", help="explain every image of a data set into a store that can be resumed")
     commands.add_parser("merge", help="join the stores of a job's shards into one")
+    commands.add_parser("evaluate", help="how good the maps of a job, or of a method on the testbed, are")
     commands.add_parser("train-lficam", help="train an LFI-CAM network on class folders of images, or the testbed")
     commands.add_parser("methods", help="list the methods with their sources").set_defaults(run=_list_methods)
     commands.add_parser("info", help="versions, build, backends, switches").set_defaults(run=_info)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -178,7 +178,7 @@ def evaluate(
     batches: Iterable[Batch],
     metrics: Sequence[str],
     settings: Settings | None = None,
-    **facts: Any,
+    facts: Mapping[str, Any] | None = None,
 ) -> Evaluation:
     """Runs `metrics` over `batches`.
 
@@ -220,7 +220,7 @@ def evaluate(
     used = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
     if isinstance(used["baseline"], Tensor):
         used["baseline"] = f"tensor {tuple(used['baseline'].shape)}"
-    return Evaluation(values, ids, drawn, used, facts)
+    return Evaluation(values, ids, drawn, used, dict(facts or {}))
 
 
 def _checked(metrics: Sequence[str], model: nn.Module | None) -> list[str]:

@@ -1,0 +1,97 @@
+"""The maps of a job's store, together again with the images they explain."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .evaluate import Batch
+
+__all__ = ["batches_of", "read_mask"]
+
+log = logging.getLogger("fastcam")
+_DONE = 1
+
+
+class _Store(Protocol):
+    """What is read of a `fastcam.jobs.Store`."""
+
+    ids: Any
+    status: Any
+    targets: Any
+
+    def map(self, item: int, size: Any) -> Tensor: ...
+
+
+class _Source(Protocol):
+    """What is read of a job's source of images."""
+
+    def __len__(self) -> int: ...
+    def key(self, index: int) -> str: ...
+    def load(self, index: int) -> Any: ...
+
+
+def batches_of(
+    store: _Store,
+    source: _Source,
+    prepare: Callable[[Any], Tensor],
+    *,
+    masks: Path | None = None,
+    batch_size: int = 16,
+    limit: int | None = None,
+    device: str | torch.device = "cpu",
+) -> Iterator[Batch]:
+    """Batches for `evaluate` of the store's items that are done, at most `limit` of them, in order.
+
+    source   the images, by the ids the store has; of changed images the maps would be nonsense, so ids must fit
+    prepare  picture -> (C, H, W), as the job's model has it
+    masks    a folder of PNG files named as the items (suffix aside), white where the object is, of the pictures'
+             size or the prepared ones'; an item without one gets an empty mask, whose metrics are left out
+
+    Raises ValueError where an item of the store is not among the images.
+    """
+    rows = {source.key(index): index for index in range(len(source))}
+    done = [row for row in range(len(store.ids)) if int(store.status[row]) == _DONE][:limit]
+    missing = next((str(store.ids[row]) for row in done if str(store.ids[row]) not in rows), None)
+    if missing is not None:
+        raise ValueError(f"item {missing!r} of the store is not among the images; pass those the job was run on")
+    lacking = 0
+    for start in range(0, len(done), batch_size):
+        part = done[start : start + batch_size]
+        names = [str(store.ids[row]) for row in part]
+        images = torch.stack([prepare(source.load(rows[name]).image) for name in names])
+        maps = torch.stack([store.map(row, "input") for row in part])
+        targets = torch.as_tensor(np.stack([np.asarray(store.targets[row]) for row in part]))
+        found = None
+        if masks is not None:
+            read = [read_mask(masks, name, tuple(images.shape[2:])) for name in names]
+            lacking += sum(mask is None for mask in read)
+            empty = torch.zeros(images.shape[2:], dtype=torch.bool)
+            found = torch.stack([empty if mask is None else mask for mask in read])
+            if maps.ndim == 4:
+                found = found.unsqueeze(1).expand(maps.shape)
+            found = found.to(device)
+        yield Batch(images.to(device), maps.to(device), targets.to(device), found, names)
+    if lacking:
+        log.warning("%d of %d items have no mask in %s", lacking, len(done), masks)
+
+
+def read_mask(folder: Path, name: str, size: tuple[int, ...]) -> Tensor | None:
+    """(H, W) bool of the item's PNG in `folder`, resized by the nearest pixel; None where there is none."""
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("masks are read by pillow: pip install 'fastcam[viz]'") from error
+    path = folder / Path(name).with_suffix(".png")
+    if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+        return None
+    with Image.open(path) as file:
+        grey = torch.from_numpy(np.array(file.convert("L"), dtype=np.float32))
+    return functional.interpolate(grey[None, None], size=size, mode="nearest-exact")[0, 0] > 127

@@ -1,0 +1,184 @@
+"""Evaluations: the numbers are the metrics', the files hold them, the command makes them, also from a store."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from fastcam import metrics
+from fastcam.cli import main
+from fastcam.metrics import report, stored
+from fastcam.metrics.evaluate import METRICS, Batch, Settings, evaluate
+
+from .conftest import draw
+
+
+@pytest.fixture
+def masks(maps):
+    return (draw(3, 6, 7, seed=8) > 0.5).contiguous()
+
+
+def test_values_are_the_metrics(model, images, maps, targets, masks):
+    settings = Settings(steps=6, fractions=(0.2, 0.6), tolerance=2, threshold=0.3, noise=0.1, seed=3)
+    parts = [Batch(images[:2], maps[:2], targets[:2], masks[:2], ["a", "b"]), Batch(images[2:], maps[2:], 4, masks[2:])]
+    found = evaluate(model, parts, list(METRICS), settings, {"note": "test"})
+    assert found.ids == ["a", "b", "2"]
+    assert found.facts == {"note": "test"}
+    want = {
+        "average_drop": metrics.average_drop(model, images, maps, targets),
+        "increase_in_confidence": metrics.increase_in_confidence(model, images, maps, targets),
+        "average_drop_in_deletion": metrics.average_drop_in_deletion(model, images, maps, targets),
+        "insertion_auc": metrics.insertion_auc(model, images, maps, targets, steps=6),
+        "deletion_auc": metrics.deletion_auc(model, images, maps, targets, steps=6),
+        "road": metrics.road(model, images, maps, targets, fractions=(0.2, 0.6), noise=0.1, seed=3),
+        "most_relevant_first": metrics.most_relevant_first(model, images, maps, targets).scores.mean(1),
+        "pointing_game": metrics.pointing_game(maps, masks, tolerance=2),
+        "energy_pointing": metrics.energy_pointing(maps, masks),
+        "outside_inside_ratio": metrics.outside_inside_ratio(maps, masks),
+        "localisation_iou": metrics.localisation_iou(maps, masks, threshold=0.3),
+        "average_precision": metrics.average_precision(maps, masks),
+        "sparsity": metrics.sparsity(maps),
+    }
+    assert set(want) == set(METRICS)
+    for name, values in want.items():
+        np.testing.assert_allclose(found.values[name], values.numpy(), rtol=1e-9, err_msg=name)
+    fractions, mean = found.curves["insertion"]
+    curve = metrics.insertion_deletion(model, images, maps, targets, steps=6)[0]
+    assert fractions == curve.fractions.tolist()
+    torch.testing.assert_close(mean.mean, curve.scores.mean(0))
+
+
+def test_rows_files_and_picture(model, images, maps, targets, masks, tmp_path):
+    broken = maps.clone()
+    broken[1] = math.nan
+    found = evaluate(model, [Batch(images, broken, targets, masks)], ["deletion_auc", "outside_inside_ratio"])
+    (row, _), values = found.rows(), [found.values["deletion_auc"][i] for i in (0, 2)]
+    assert row["mean"] == pytest.approx(np.mean(values))
+    assert row["standard_error"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(2))
+    assert (row["low"], row["high"]) == pytest.approx((row["mean"] - 1.96 * row["standard_error"],
+                                                      row["mean"] + 1.96 * row["standard_error"]))  # fmt: skip
+    assert (row["n"], row["left_out"], row["better"]) == (2, 1, "lower")
+    paths = report.write(found, tmp_path / "new" / "folder")
+    assert [path.name for path in paths] == ["evaluation.json", "evaluation.csv", "evaluation.md", "curves.png"]
+    document = json.loads(paths[0].read_text())
+    assert document["results"][0]["mean"] == row["mean"]
+    assert document["items"]["values"]["deletion_auc"][1] is None
+    assert document["items"]["ids"] == ["0", "1", "2"]
+    assert len(document["curves"]["deletion"]["mean"]) == len(document["curves"]["deletion"]["fractions"])
+    table = list(csv.DictReader(paths[1].read_text().splitlines()))
+    assert [line["metric"] for line in table] == ["deletion_auc", "outside_inside_ratio"]
+    assert float(table[0]["mean"]) == row["mean"]
+    assert f"| deletion_auc ↓ | {row['mean']:.4f} ± {row['standard_error']:.4f} |" in paths[2].read_text()
+    from PIL import Image
+
+    with Image.open(paths[3]) as picture:
+        assert len(picture.convert("RGB").getcolors(10**6)) > 20
+    no_curves = evaluate(None, [Batch(images, maps, targets)], ["sparsity"])
+    assert [path.name for path in report.write(no_curves, tmp_path)][-1] == "evaluation.md"
+
+
+def test_errors(model, images, maps, targets):
+    batch = [Batch(images, maps, targets)]
+    with pytest.raises(ValueError, match="did you mean 'deletion_auc'"):
+        evaluate(model, batch, ["deletion_auk"])
+    with pytest.raises(ValueError, match="metric 'road' perturbs images and needs the model"):
+        evaluate(None, batch, ["sparsity", "road"])
+    with pytest.raises(ValueError, match="metric 'pointing_game' compares maps with masks"):
+        evaluate(model, batch, ["pointing_game"])
+    with pytest.raises(ValueError, match="no batch came"):
+        evaluate(model, [], ["sparsity"])
+    with pytest.raises(ValueError, match="metrics names none"):
+        evaluate(model, batch, [])
+
+
+class Shelf:
+    """A store and its source of images, as far as an evaluation reads them."""
+
+    def __init__(self, images, maps, targets):
+        self.ids = np.array(["a/one.jpg", "two.jpg", "a/three.jpg"])
+        self.status, self.targets = np.array([1, 2, 1]), targets.numpy()
+        self._images, self._maps = images, maps
+
+    def map(self, item, size):
+        assert size == "input"
+        return self._maps[item]
+
+    def __len__(self):
+        return 3
+
+    def key(self, index):
+        return str(self.ids[::-1][index])  # in another order than the store
+
+    def load(self, index):
+        return SimpleNamespace(image=self._images[2 - index])
+
+
+def test_a_store_is_read_with_its_images_and_masks(model, images, maps, targets, masks, tmp_path, caplog):
+    from PIL import Image
+
+    shelf = Shelf(images, maps, targets)
+    (tmp_path / "a").mkdir()
+    Image.fromarray(masks[0].numpy().astype(np.uint8) * 255).save(tmp_path / "a" / "one.png")
+    found = evaluate(
+        model, stored.batches_of(shelf, shelf, lambda image: image, masks=tmp_path, batch_size=1),
+        ["deletion_auc", "energy_pointing"],
+    )  # fmt: skip
+    assert found.ids == ["a/one.jpg", "a/three.jpg"]
+    keep = torch.tensor([0, 2])
+    want = metrics.deletion_auc(model, images[keep], maps[keep], targets[keep])
+    np.testing.assert_allclose(found.values["deletion_auc"], want.numpy())
+    assert found.values["energy_pointing"][0] == pytest.approx(metrics.energy_pointing(maps[0], masks[0]).item())
+    assert math.isnan(found.values["energy_pointing"][1])
+    assert "1 of 2 items have no mask" in caplog.text
+    one = list(stored.batches_of(shelf, shelf, lambda image: image, limit=1))
+    assert [batch.ids for batch in one] == [["a/one.jpg"]]
+    other = Shelf(images, maps, targets)
+    other.ids = np.array(["x", "y", "z"])
+    with pytest.raises(ValueError, match=r"item 'a/one\.jpg' of the store is not among the images"):
+        next(stored.batches_of(shelf, other, lambda image: image))
+    assert stored.read_mask(tmp_path / "a", "../a/one.jpg", (6, 7)) is None  # names do not leave the folder
+    assert stored.read_mask(tmp_path, "a/one.jpg", (12, 14)).sum() == 4 * masks[0].sum()
+
+
+def test_the_command_on_the_testbed(capsys, tmp_path):
+    for package in ("sklearn", "skimage", "safetensors", "matplotlib"):
+        pytest.importorskip(package)
+    arguments = ["evaluate", "--model", "testbed:tiny_resnet", "--method", "grad_cam", "--limit", "3", "--steps", "4"]
+    asked = ["--metrics", "pointing_game,insertion_auc, sparsity", "--out", str(tmp_path)]
+    assert main([*arguments, *asked]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[2].startswith("| pointing_game ↑ | ")
+    document = json.loads((tmp_path / "evaluation.json").read_text())
+    assert document["facts"] == {"model": "testbed:tiny_resnet", "method": "grad_cam"}
+    assert document["settings"]["output"] == "sigmoid"
+    assert document["items"]["ids"] == [f"scene {i}" for i in (0, 0, 1, 1, 2, 2)]
+    from fastcam import attribute
+    from fastcam.testbed import load, make_scenes, normalize
+
+    net, scenes = load("tiny_resnet"), make_scenes(3)
+    maps = attribute(net, normalize(scenes.images), "grad_cam", targets=scenes.labels).maps
+    want = metrics.insertion_auc(net, normalize(scenes.images), maps, scenes.labels, steps=4, output="sigmoid")
+    np.testing.assert_allclose(document["items"]["values"]["insertion_auc"], want.flatten().numpy(), atol=1e-6)
+    hits = metrics.pointing_game(maps, scenes.masks).flatten().tolist()
+    assert document["items"]["values"]["pointing_game"] == hits
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--method", "grad_cam", "--model", "testbed:tiny_resnet", "--metrics", "roads"], "did you mean 'road'"),
+        (["--method", "grad_cam", "--model", "resnet50"], "pass --model testbed:NAME, not 'resnet50'"),
+        (["--method", "grad_cam", "--model", "testbed:tiny_vgg", "--limit", "0"], "--limit must be at least 1; got 0"),
+        (["--method", "grad_kam", "--model", "testbed:tiny_vgg"], "did you mean 'grad_cam'"),
+    ],
+)
+def test_wrong_usage_is_named(words, message, capsys, tmp_path):
+    pytest.importorskip("safetensors")
+    assert main(["evaluate", *words, "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
