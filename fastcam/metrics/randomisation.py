@@ -63,7 +63,8 @@ def cascading_randomisation(
 
     Buffers, such as the statistics of batch norms, stay. Lower is better, towards the end most of all; a method that
     does not fall there shows the image rather than the network. Order of definition is taken for order of execution.
-    Raises ValueError for an unknown order or init, and for a model without parameters.
+    Raises ValueError for an unknown order or init, and for a model without parameters; TypeError for options beside a
+    callable.
     Cost: L + 1 explanations of the batch and a copy of the model.
     Source: Adebayo et al. 2018.
     """
@@ -73,6 +74,8 @@ def cascading_randomisation(
         raise ValueError(f"order must be 'top_down' or 'bottom_up'; got {order!r}")
     if init not in ("reset", "xavier"):
         raise ValueError(f"init must be 'reset' or 'xavier'; got {init!r}")
+    if not isinstance(method, str) and options:
+        raise TypeError(f"{', '.join(options)} go with a method's name; a callable binds its own options")
     with exclusive:
         twin = copy.deepcopy(unwrap(model))
     layers = [(name, part) for name, part in twin.named_modules() if any(True for _ in part.parameters(recurse=False))]

@@ -133,6 +133,8 @@ def test_randomisation_of_a_module_without_its_own_initialisation(images):
     assert abs(seen[1].mean() - 3) < 3
     with pytest.raises(ValueError, match="no parameters"):
         metrics.cascading_randomisation(nn.ReLU(), images)
+    with pytest.raises(TypeError, match="layer go with a method's name"):
+        metrics.cascading_randomisation(network(), images, method=bind, layer="fc")
     with pytest.raises(ValueError, match="order must be"):
         metrics.cascading_randomisation(network(), images, order="sideways")
     with pytest.raises(ValueError, match="init must be"):
