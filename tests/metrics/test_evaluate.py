@@ -142,7 +142,8 @@ def test_a_store_is_read_with_its_images_and_masks(model, images, maps, targets,
     other.ids = np.array(["x", "y", "z"])
     with pytest.raises(ValueError, match=r"item 'a/one\.jpg' of the store is not among the images"):
         next(stored.batches_of(shelf, other, lambda image: image))
-    assert stored.read_mask(tmp_path / "a", "../a/one.jpg", (6, 7)) is None  # names do not leave the folder
+    Image.fromarray(masks[0].numpy().astype(np.uint8) * 255).save(tmp_path / "outside.png")
+    assert stored.read_mask(tmp_path / "a", "../outside.jpg", (6, 7)) is None  # names do not leave the folder
     assert stored.read_mask(tmp_path, "a/one.jpg", (12, 14)).sum() == 4 * masks[0].sum()
 
 
