@@ -96,13 +96,13 @@ def check_curves(model: nn.Module, images: Tensor, maps: Tensor, targets: list[i
 def road_rows(name: str, batch: int, options: Any) -> list[dict[str, Any]]:
     try:
         from pytorch_grad_cam.metrics.road import NoisyLinearImputer, ROADCombined
-        from pytorch_grad_cam.utils.model_targets import ClassifierSoftmaxOutputTarget
+        from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget
     except ImportError:
         print("pytorch-grad-cam is not installed (extra 'peers'); the rows of ROAD are left out")
         return []
     model, side = network(name)
     images, maps, targets = case(side, batch)
-    peers = [ClassifierSoftmaxOutputTarget(target) for target in targets]
+    peers = [ClassifierOutputSoftmaxTarget(target) for target in targets]
 
     def peer() -> np.ndarray:
         return ROADCombined()(images, maps.numpy(), peers, model)
