@@ -128,17 +128,18 @@ def _stored(given: argparse.Namespace) -> Evaluation:
     store = Store(given.maps)
     facts = {key: store.provenance.get(key) for key in ("model", "weights_hash", "method", "options", "layer_used")}
     spec = given.model or facts["model"]
-    images = given.images or (store.provenance.get("source") or {}).get("path")
+    images = given.images or (store.provenance.get("source") or {}).get("where")
     if images is None:
         raise ValueError("the store does not say where its images are: pass --images")
     loaded = load_model(spec, weights=given.weights)
     if loaded.weights_hash != facts["weights_hash"]:
         raise ValueError(f"the maps explain other weights of {facts['model']!r} than those loaded: pass --weights")
+    prepare = type(loaded.prepare)(**store.provenance["preprocessing"])
     items = batches_of(
-        store, open_source(images), loaded.prepare, masks=given.masks, batch_size=given.batch_size, limit=given.limit,
+        store, open_source(images), prepare, masks=given.masks, batch_size=given.batch_size, limit=given.limit,
         device=given.device,
     )  # fmt: skip
     model = loaded.model.to(torch.device(given.device))
-    settings = _settings(given, "probability", loaded.mean, loaded.std)
+    settings = _settings(given, "probability", prepare.mean, prepare.std)
     names = _metrics(given.metrics, given.masks is not None)
     return evaluate(model, items, names, settings, {"maps": str(given.maps), **facts})

@@ -55,7 +55,7 @@ def batches_of(
     masks    a folder of PNG files named as the items (suffix aside), white where the object is, of the pictures'
              size or the prepared ones'; an item without one gets an empty mask, whose metrics are left out
 
-    Raises ValueError where an item of the store is not among the images.
+    Raises ValueError where an item of the store is not among the images, or cannot be read.
     """
     rows = {source.key(index): index for index in range(len(source))}
     done = [row for row in range(len(store.ids)) if int(store.status[row]) == _DONE][:limit]
@@ -66,9 +66,12 @@ def batches_of(
     for start in range(0, len(done), batch_size):
         part = done[start : start + batch_size]
         names = [str(store.ids[row]) for row in part]
-        images = torch.stack([prepare(source.load(rows[name]).image) for name in names])
+        images = torch.stack([_read(source, rows[name], name, prepare) for name in names])
         maps = torch.stack([store.map(row, "input") for row in part])
         targets = torch.as_tensor(np.stack([np.asarray(store.targets[row]) for row in part]))
+        if bool((targets < 0).any()):  # fewer targets than the store has room for: no map, no metric
+            maps = torch.where((targets < 0).reshape(*targets.shape, 1, 1), torch.nan, maps)
+            targets = targets.clamp(min=0)
         found = None
         if masks is not None:
             read = [read_mask(masks, name, tuple(images.shape[2:])) for name in names]
@@ -81,6 +84,15 @@ def batches_of(
         yield Batch(images.to(device), maps.to(device), targets.to(device), found, names)
     if lacking:
         log.warning("%d of %d items have no mask in %s", lacking, len(done), masks)
+
+
+def _read(source: _Source, index: int, name: str, prepare: Callable[[Any], Tensor]) -> Tensor:
+    from fastcam.models.prepare import ItemError
+
+    try:
+        return prepare(source.load(index).image)
+    except ItemError as error:
+        raise ValueError(f"item {name!r}, whose map is in the store, cannot be read any more: {error}") from error
 
 
 def read_mask(folder: Path, name: str, size: tuple[int, ...]) -> Tensor | None:

@@ -183,3 +183,44 @@ def test_wrong_usage_is_named(words, message, capsys, tmp_path):
     pytest.importorskip("safetensors")
     assert main(["evaluate", *words, "--out", str(tmp_path)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_command_on_the_store_of_a_job(capsys, tmp_path):
+    for package in ("zarr", "sklearn", "skimage", "safetensors", "matplotlib"):
+        pytest.importorskip(package)
+    from PIL import Image
+
+    from fastcam import attribute, jobs
+    from fastcam.testbed import load, make_scenes, normalize
+
+    scenes = make_scenes(5)
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    for i in range(5):
+        pixels = (scenes.images[i].permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+        mask = scenes.masks[i, 0].to(torch.uint8).mul(255).numpy()
+        Image.fromarray(mask).save(tmp_path / "masks" / f"{i}.png")
+    store = tmp_path / "maps.zarr"
+    jobs.run("testbed:tiny_resnet", str(tmp_path / "images"), str(store), method="grad_cam", dtype="float32")
+    names = "energy_pointing,deletion_auc,average_drop"
+    words = ["--maps", str(store), "--masks", str(tmp_path / "masks"), "--metrics", names, "--steps", "4"]
+    assert main(["evaluate", *words, "--limit", "4", "--batch-size", "3", "--out", str(tmp_path / "out")]) == 0
+    document = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert document["items"]["ids"] == [f"{i}.png" for i in range(4)]
+    assert document["facts"]["method"] == "grad_cam"
+    net = load("tiny_resnet")
+    images = normalize((scenes.images[:4] * 255).round() / 255)
+    result = attribute(net, images, "grad_cam")
+    want = {
+        "energy_pointing": metrics.energy_pointing(result.maps, scenes.masks[:4, 0]),
+        "deletion_auc": metrics.deletion_auc(net, images, result.maps, result.targets, steps=4),
+        "average_drop": metrics.average_drop(net, images, result.maps, result.targets),
+    }
+    for name, values in want.items():
+        np.testing.assert_allclose(document["items"]["values"][name], values.numpy(), atol=1e-4, err_msg=name)
+    capsys.readouterr()
+    assert main(["evaluate", "--maps", str(store), "--model", "testbed:tiny_vgg", "--out", str(tmp_path)]) == 2
+    assert "the maps explain other weights of 'testbed:tiny_resnet'" in capsys.readouterr().err
+    assert main(["evaluate", "--maps", str(tmp_path / "none.zarr"), "--out", str(tmp_path)]) == 2
+    assert "none.zarr holds no store" in capsys.readouterr().err
