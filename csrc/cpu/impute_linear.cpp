@@ -6,6 +6,8 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <memory>
 #include <vector>
 
 #include "cpu/impute_linear_solver.h"
