@@ -14,7 +14,7 @@ Held-out scenes of three seeds, the first of the two digits of each, classes ind
 `random pixels` and `random blobs` are maps of noise, the second at 12 x 12 and enlarged as CAMs are: what a metric
 gives to maps without any idea. `ss_cam` and `is_cam` run with n = 2, and the Score-CAM family has no robustness:
 minutes. Rows of networks and methods not asked for are kept from the newest file, so that the table can be made in
-parts.
+parts: `--missing --budget 200`, until no row is missing.
 """
 
 from __future__ import annotations
@@ -134,14 +134,18 @@ def main() -> None:
     parser.add_argument("--methods", default="", help="comma-separated (default: all)")
     parser.add_argument("--images", type=int, default=12, help="scenes a seed (default: 12)")
     parser.add_argument("--robust", type=int, default=4, help="scenes a seed for robustness (default: 4)")
+    parser.add_argument("--missing", action="store_true", help="only rows the newest file lacks")
+    parser.add_argument("--budget", type=float, default=float("inf"), help="start no row after these seconds")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     chosen = options.methods.split(",") if options.methods else methods()
-    rows = kept(options.out)
+    rows, begin = kept(options.out), time.perf_counter()
     for name in [options.model] if options.model else MODELS:
         model = load(name)
         for method in chosen:
             start = time.perf_counter()
+            if start - begin > options.budget or (options.missing and f"{name}: {method}" in rows):
+                continue
             try:
                 found, times = measured(model, method, options.images, options.robust), cost(model, method)
             except ValueError as error:  # a method for another kind of network
