@@ -217,7 +217,7 @@ struct ImputeLinear {
         const int64_t at = (y + 1) * v.stride + 1;
         around(inside + at, v.stride, 0, v.width, v.row, v.scale + at);
         for (int64_t x = 0; x < v.width; ++x) {
-          if (inside[at + x] == 0) v.scale[at + x] = 1;
+          if (inside[at + x] == 0 || v.scale[at + x] == 0) v.scale[at + x] = 1;
           v.inverse[at + x] = A(0.8) * v.missing[at + x] / v.scale[at + x];
         }
       }
@@ -260,7 +260,7 @@ struct ImputeLinear {
         cycle(levels, s.levels);
         const double before = energy;
         energy = dot(top, top.right, top.found);
-        if (i == 0) target = energy * (sizeof(A) == 4 ? 1e-13 : 1e-30);
+        if (i == 0) target = energy * (sizeof(A) == 4 ? 1e-18 : 1e-34);  // nothing is left to gain
         if (energy != energy) {  // a known pixel is not finite
           for (int64_t x = 0; x < plane; ++x) solution[x] = static_cast<A>(energy);
         }

@@ -61,7 +61,8 @@ def _levels(missing: Tensor, inside: Tensor, depth: int, dtype: torch.dtype) -> 
             whole = (missing | ~inside).unfold(2, 2, 2).unfold(3, 2, 2).flatten(4).all(-1)
             inside = inside.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4).any(-1)
             missing = whole & inside
-        scale = torch.where(inside, _around(inside.to(dtype)), 1)
+        around = _around(inside.to(dtype))  # 0 for an image of one pixel
+        scale = torch.where(inside & (around > 0), around, 1)
         found.append(_Level(missing.to(dtype), scale))
     return found
 
