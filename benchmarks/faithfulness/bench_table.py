@@ -1,6 +1,6 @@
 """Every method that explains images, on the testbed's two networks, by every metric: means, errors, costs.
 
-    python -P benchmarks/faithfulness/bench_table.py [--model tiny_vgg] [--images 12] [--methods a,b]
+    python -P benchmarks/faithfulness/bench_table.py [--model tiny_vgg] [--images 8] [--methods a,b]
 
 Held-out scenes of three seeds, the first of the two digits of each, classes independent (sigmoid scores). Blocks:
 
@@ -9,7 +9,7 @@ Held-out scenes of three seeds, the first of the two digits of each, classes ind
               with channel coefficients their cosine to the SHAP values of the maps (`shap_cam`: exact on both networks)
   robustness  --robust scenes a seed: max-sensitivity (4 noisy copies, radius 0.2 of the normalised pixels) and
               Spearman's correlation of maps once every layer is randomised, other weights for each seed
-  cost        one map of each of 16 scenes in multiples of the plain forward pass, in turns
+  cost        one map of each of 8 scenes in multiples of the plain forward pass, in turns
 
 `random pixels` and `random blobs` are maps of noise, the second at 12 x 12 and enlarged as CAMs are: what a metric
 gives to maps without any idea. `ss_cam` and `is_cam` run with n = 2, and the Score-CAM family has no robustness:
@@ -45,7 +45,7 @@ OPTIONS: dict[str, dict[str, Any]] = {"ss_cam": {"n": 2}, "is_cam": {"n": 2}}
 #: Too dear to be explained some twenty-five times more.
 NOT_ROBUST = ("score_cam", "ss_cam", "is_cam")
 KEYS = ("name", "model", "method", "n", "metrics", "times_forward")
-TIMED = 16
+TIMED = 8
 
 
 def methods() -> list[str]:
@@ -125,14 +125,14 @@ def cost(model: nn.Module, method: str) -> float | None:
 
     calls = {"forward": forward, "explain": lambda: explain(inputs, targets)}
     slow = method in NOT_ROBUST
-    return harness.ratio(harness.alternate(calls, 1 if slow else 9, warmup=0 if slow else 2), "explain", "forward")
+    return harness.ratio(harness.alternate(calls, 1 if slow else 5, warmup=0 if slow else 1), "explain", "forward")
 
 
 def main() -> None:
     parser = harness.arguments(__doc__.splitlines()[0])
     parser.add_argument("--model", choices=tuple(MODELS), help="one network (default: both)")
     parser.add_argument("--methods", default="", help="comma-separated (default: all)")
-    parser.add_argument("--images", type=int, default=12, help="scenes a seed (default: 12)")
+    parser.add_argument("--images", type=int, default=8, help="scenes a seed (default: 8)")
     parser.add_argument("--robust", type=int, default=4, help="scenes a seed for robustness (default: 4)")
     parser.add_argument("--missing", action="store_true", help="only rows the newest file lacks")
     parser.add_argument("--budget", type=float, default=float("inf"), help="start no row after these seconds")
