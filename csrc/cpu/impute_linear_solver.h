@@ -53,7 +53,7 @@ int64_t impute_scratch(const ImputeShape& s) {
 template <typename A>
 struct ImputeLevel {
   int64_t height, width, stride;
-  A *missing, *scale, *inverse;   // 1 for unknowns; weight of the own value; damped step, 0 for knowns
+  A *missing, *scale, *inverse;  // 1 for unknowns; weight of the own value; damped step, 0 for knowns
   A *right, *found, *other, *rest;  // right-hand side, solution, its successor, residual
   A* row;
   const int64_t *first, *last;  // of each row's missing cells, last exclusive
@@ -63,14 +63,14 @@ struct ImputeLevel {
 
 template <typename A>
 struct ImputeLinear {
-  // Sum of the eight neighbours of row y between columns begin and end, into out[begin..end).
+  // Sum of the eight neighbours, sides counted twice, between columns begin and end. That is 12 times the formula, as is
+  // all that follows: with whole weights a constant solves its equations without a rounding error, which a hole that is
+  // nearly everything would multiply by its size.
   static FASTCAM_INLINE void around(const A* __restrict row, int64_t stride, int64_t begin, int64_t end,
                                     A* __restrict columns, A* __restrict out) {
     const A *above = row - stride, *below = row + stride;
     for (int64_t x = begin - 1; x <= end; ++x) columns[x + 1] = above[x] + 2 * row[x] + below[x];
-    for (int64_t x = begin; x < end; ++x) {
-      out[x] = (columns[x] + 2 * columns[x + 1] + columns[x + 2] - 4 * row[x]) * A(1.0 / 12);
-    }
+    for (int64_t x = begin; x < end; ++x) out[x] = columns[x] + 2 * columns[x + 1] + columns[x + 2] - 4 * row[x];
   }
 
   // out = found + inverse (right - A found), a damped step; or, for residuals, missing (right - A found).

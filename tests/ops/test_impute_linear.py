@@ -13,8 +13,9 @@ from fastcam import ops
 from fastcam._testing.ops import DTYPES, LAYOUTS, make, to_float64
 
 OP = torch.ops.fastcam.impute_linear.default
-#: Largest error over the values' range, after 20 iterations: what rounding in the accumulation dtype leaves.
-LIMIT = {torch.float64: 1e-10, torch.float32: 1e-5}
+#: Largest error over the values' range, after 20 iterations: rounding in the accumulation dtype, which a hole that leaves
+#: a single pixel multiplies by some hundreds.
+LIMIT = {torch.float64: 1e-10, torch.float32: 4e-5}
 
 
 def oracle(images: np.ndarray, missing: np.ndarray) -> np.ndarray:
