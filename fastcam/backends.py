@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from fastcam import _extension
+from fastcam import _extension, _watch
 from fastcam._library import LIBRARY
 
 __all__ = ["BACKENDS", "backend", "backends"]
@@ -97,7 +97,11 @@ def _python_cuda_kernel(name: str) -> Callable[..., Any]:
 def implementation(name: str, device_type: str) -> Callable[..., Any]:
     """The callable that the backend now in force runs for op `name` on tensors of `device_type`."""
     choice = _CHOICE.get()
-    return _TABLE.get((name, device_type, choice)) or _resolve(name, device_type, choice)
+    found = _TABLE.get((name, device_type, choice)) or _resolve(name, device_type, choice)
+    watcher = _watch.current()
+    if watcher is None:
+        return found
+    return lambda *args, **kwargs: watcher.op(name, found, args, kwargs)
 
 
 def _resolve(name: str, device_type: str, choice: str) -> Callable[..., Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastcam._network import Network, check_images, nonfinite_message, warn_if_training
+from fastcam._watch import stage
 from fastcam.methods import single
 from fastcam.methods._maps import finish
 from fastcam.methods._method import CamOptions, Passage, Pixels
@@ -134,7 +135,9 @@ class Explainer(Network):
     def _explain(self, images: torch.Tensor, targets: TargetSpec) -> Attribution:
         by_index = not callable(targets) or isinstance(targets, torch.Tensor)
         needs = self.options.needed(self.method.needs)
-        passed = self._session(images).forward(images, needs, by_index)
+        session = self._session(images)
+        with stage("head"):  # less the trunk, which is a stage inside
+            passed = session.forward(images, needs, by_index)
         return self._explained(images, passed, resolve_targets(targets, passed.output, len(images)))
 
     def _explained(self, images: torch.Tensor, passed: Forward, resolved: Targets) -> Attribution:
@@ -147,13 +150,14 @@ class Explainer(Network):
         at_image = isinstance(needs, Backward) and needs.below
         size = self._map_size(images.shape[2:], images if at_image else features, passed.layer)
         passage = Passage(passed, images, features, resolved, options, self.pixels)
-        evidence = self.method.evidence(passage, options)
-        weighted = evidence.projection is None
-        if isinstance(options, CamOptions) and options.eigen_smooth and weighted:
-            evidence = smoothed(passage, evidence)
+        with stage("rules"):
+            evidence = self.method.evidence(passage, options)
+            if isinstance(options, CamOptions) and options.eigen_smooth and evidence.projection is None:
+                evidence = smoothed(passage, evidence)
         relu = isinstance(options, CamOptions) and options.relu
-        maps, raw, finite = finish(features, evidence, relu, self.normalize, size, self.method.signed)
-        maps, raw, valid = self._check_finite(maps, raw, finite, passed, features, resolved)
+        with stage("post"):
+            maps, raw, finite = finish(features, evidence, relu, self.normalize, size, self.method.signed)
+            maps, raw, valid = self._check_finite(maps, raw, finite, passed, features, resolved)
         certainty = {"certainty": self.method.certainty} if self.method.certainty else {}
         return Attribution(
             maps=maps,

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcam._watch import stage
+
 from .forward import Forward, Graph, Needs, Reference, Session, detached
 from .layers import layer_names, several_outputs
 from .state import evaluating, exclusive, keeping_buffers, neutral_modes
@@ -76,11 +78,14 @@ class HookSession(Session):
 
     def _run(self, images: Tensor, replace: Callable[[Tensor], Tensor] | None) -> Any:
         """One pass in evaluation mode, the layer's output replaced at each of its runs."""
+        part = contextlib.ExitStack()
 
         def hook(module: nn.Module, args: Any, result: Any) -> Tensor:
             if not isinstance(result, Tensor):
                 raise several_outputs(self.layer, type(result).__name__)
             assert replace is not None
+            part.close()
+            part.enter_context(stage("head"))
             return replace(result)
 
         with (
@@ -89,9 +94,11 @@ class HookSession(Session):
             evaluating(self.model),
             keeping_buffers(self.model),
             contextlib.ExitStack() as hooks,
+            part,
         ):
             if replace is not None:
                 hooks.callback(self._module.register_forward_hook(hook).remove)
+            part.enter_context(stage("trunk"))
             return self.model(images.clone())
 
 

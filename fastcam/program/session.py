@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcam._watch import stage
+
 from .affine import AffineHead
 from .biases import BiasedGraph, Visit
 from .capture import Program
@@ -155,7 +157,7 @@ class CapturedSession(Session):
         walked: tuple[RelevanceWalk, Passed] | None = None
         if isinstance(needs, Backward):
             walk_below = self.bound.relevance_walk(needs)
-            with neutral_modes():
+            with neutral_modes(), stage("trunk"):
                 passed = walk_below.record(self._prepared(images), self.leaves, len(images))
             walked, values, needs = (walk_below, passed), dict(passed.values), "gradients"
         else:
@@ -278,8 +280,8 @@ class CapturedSession(Session):
 
     def _trunk(self, images: Tensor) -> dict[int, Any]:
         values = dict(self.leaves)
-        values[self.cut.program.input] = self._prepared(images)
-        with neutral_modes():
+        with neutral_modes(), stage("trunk"):
+            values[self.cut.program.input] = self._prepared(images)
             self.cut.trunk.run(values, self.bound.compiled)
         return values
 
@@ -289,7 +291,7 @@ class CapturedSession(Session):
         return images.to(dtype=self.bound.dtype, memory_format=layout)
 
     def _run_head(self, values: dict[int, Any]) -> Any:
-        with neutral_modes():
+        with neutral_modes(), stage("head"):
             self.cut.head.run(values, self.bound.compiled)
             return self.cut.program.result(values)
 
