@@ -3,48 +3,36 @@
 Contract: outputs are compared before anything is timed; a row that does not match has `match: false` and no speed-up.
 The calls of a row take turns, so that drift and neighbours on the machine hit all alike; the figure is the median, with
 the interquartile range beside it. Threads are those of torch, recorded. `pct_copy` relates a row to `copy_` moving the
-same number of bytes (read plus written) in the same turn-taking. Each suite writes
+same number of bytes (read plus written) in the same turn-taking. Timing and the JSON are those of `fastcam profile`
+(`fastcam.profiling.measure`, `fastcam.profiling.results`). Each suite writes
 `benchmarks/results/<version>/<suite>--<machine>--<device>.json`; the machine is a CPU or GPU model, never a host name.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import gc
-import importlib.metadata
-import json
-import math
 import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import fastcam
-from fastcam import _extension
+from fastcam.profiling.measure import Calls, Results, agree, alternate, copier, ratio
+from fastcam.profiling.results import ROW_KEYS, machine_slug, metadata, row, storable, write_json
+
+__all__ = [
+    *("QUALITY_KEYS", "ROOT", "ROW_KEYS", "Calls", "agree", "alternate", "arguments", "copier", "op_row", "peak_mib"),
+    *("ratio", "row", "table", "write"),
+]
 
 ROOT = Path(__file__).resolve().parent
-METADATA_KEYS = (
-    *("time", "commit", "dirty", "fastcam", "build", "packages", "system", "cpu", "cores", "isa", "threads", "load"),
-    *("gpu", "driver", "copy_gbps_8mb", "copy_gbps_256mb"),
-)
-ROW_KEYS = ("name", "median_us", "iqr_us", "n", "match", "max_err")
 #: Rows of suites that measure how good a method is rather than how fast: a figure over n draws and its standard error.
 QUALITY_KEYS = ("name", "mean", "standard_error", "n")
-PACKAGES = ("torch", "torchvision", "triton", "numpy", "grad-cam", "torchcam", "captum", "zennit", "quantus")
-
-Calls = Mapping[str, Callable[[], Any]]
-Times = dict[str, list[float]]
-Results = Tensor | tuple[Tensor, ...]
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -56,76 +44,6 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", help="only rows whose name contains this")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the JSON file")
     return parser
-
-
-def agree(found: Results, expected: Results, limit: float) -> tuple[bool, float]:
-    """Whether shapes are equal and the largest absolute difference is at most `limit`; and that difference."""
-    if not isinstance(found, Tensor) or not isinstance(expected, Tensor):
-        pairs = [agree(a, b, limit) for a, b in zip(found, expected, strict=True)]
-        return all(match for match, _ in pairs), max(error for _, error in pairs)
-    if found.shape != expected.shape:
-        return False, math.inf
-    error = (found.double() - expected.double()).abs().max().item() if found.numel() else 0.0
-    return error <= limit, error
-
-
-def alternate(calls: Calls, rounds: int, device: str = "cpu", warmup: int = 3) -> Times:
-    """Seconds of every call, taking turns for `rounds` rounds after `warmup` unmeasured ones."""
-    clock = _cuda_seconds if device == "cuda" else _cpu_seconds
-    for _ in range(warmup):
-        for call in calls.values():
-            call()
-    times: Times = {name: [] for name in calls}
-    gc.collect()
-    gc.disable()
-    try:
-        for _ in range(rounds):
-            for name, call in calls.items():
-                times[name].append(clock(call))
-    finally:
-        gc.enable()
-    return times
-
-
-def _cpu_seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def _cuda_seconds(call: Callable[[], Any]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
-
-
-def ratio(times: Times, name: str, to: str) -> float:
-    """Median time of one call as a multiple of another's."""
-    return statistics.median(times[name]) / statistics.median(times[to])
-
-
-def copier(nbytes: int, device: str = "cpu") -> Callable[[], Tensor]:
-    """`copy_` that reads and writes `nbytes` altogether."""
-    source = torch.ones(max(1, nbytes // 8), device=device)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
-
-
-def row(name: str, seconds: Sequence[float], match: bool, **more: Any) -> dict[str, Any]:
-    """One result: median, interquartile range and count of `seconds`, and whatever else the suite knows."""
-    low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else [seconds[0]] * 3
-    median = statistics.median(seconds)
-    return {
-        "name": name,
-        "median_us": median * 1e6,
-        "iqr_us": (high - low) * 1e6,
-        "n": len(seconds),
-        "match": match,
-        **more,
-    }
 
 
 def op_row(
@@ -183,97 +101,13 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def metadata(device: str = "cpu") -> dict[str, Any]:
-    """What the figures depend on."""
-    build = None if _extension.why_not() else _extension.load().build_config()
-    return {
-        "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": _output("git", "rev-parse", "HEAD"),
-        "dirty": bool(_output("git", "status", "--porcelain")),
-        "fastcam": fastcam.__version__,
-        "build": build,
-        "packages": {name: _installed(name) for name in PACKAGES},
-        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "cpu": _cpu_model(),
-        "cores": os.cpu_count(),
-        "isa": build["isa"] if build else None,
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        if device == "cuda"
-        else None,
-        "copy_gbps_8mb": _copy_gbps(8 << 20, device),
-        "copy_gbps_256mb": _copy_gbps(256 << 20, device),
-    }
-
-
-def _copy_gbps(nbytes: int, device: str) -> float:
-    return nbytes / statistics.median(alternate({"copy": copier(nbytes, device)}, 9, device)["copy"]) / 1e9
-
-
-def _output(*command: str) -> str | None:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_model() -> str:
-    path = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*:\s*(.+)", path.read_text()) if path.is_file() else []
-    return names[0].strip() if names else platform.processor() or platform.machine()
-
-
-def _slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
-
-
 def write(
     suite: str, device: str, rows: Sequence[Mapping[str, Any]], out: Path, keys: Sequence[str] = ROW_KEYS, **more: Any
 ) -> Path:
     """Validate (rows have at least `keys`) and store rows with the metadata (and `more` of it); returns the path."""
     facts = metadata(device) | more
-    document = _storable({"metadata": facts, "results": list(rows)})
-    validate(document, keys)
-    machine = _slug(f"{facts['gpu'] or facts['cpu']} {facts['cores']}c {facts['isa'] or 'reference'}")
-    path = Path(out) / fastcam.__version__ / f"{suite}--{machine}--{device}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    name = f"{suite}--{machine_slug(facts)}--{device}.json"
+    document = storable({"metadata": facts, "results": list(rows)})
+    path = write_json(Path(out) / fastcam.__version__ / name, document, keys)
     print(f"wrote {path}")
     return path
-
-
-def _storable(value: Any) -> Any:
-    """JSON has no NaN: non-finite numbers become null, others keep six digits."""
-    if isinstance(value, Mapping):
-        return {key: _storable(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_storable(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else None
-    return value
-
-
-def validate(document: Mapping[str, Any], keys: Sequence[str] = ROW_KEYS) -> None:
-    """Raise ValueError unless a result document has the shape this module promises."""
-    lacking = [key for key in METADATA_KEYS if key not in document["metadata"]]
-    if lacking:
-        raise ValueError(f"metadata lacks {', '.join(lacking)}")
-    if not document["results"]:
-        raise ValueError("no rows: does --only match any?")
-    for index, entry in enumerate(document["results"]):
-        lacking = [key for key in keys if key not in entry]
-        if lacking:
-            raise ValueError(f"row {index} lacks {', '.join(lacking)}")
-        if keys is not ROW_KEYS:
-            continue
-        if not entry["match"] and entry.get("speedup"):
-            raise ValueError(f"row {index} ({entry['name']}) claims a speed-up for wrong results")
-        if not entry["median_us"] or entry["median_us"] <= 0:
-            raise ValueError(f"row {index}: median_us must be positive, got {entry['median_us']!r}")

@@ -54,6 +54,6 @@ _adopt_checkout_kernels()
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("adapters", "metrics", "nn", "ops", "relevance", "render"):
+    if name in ("adapters", "jobs", "metrics", "nn", "ops", "profiling", "relevance", "render"):
         return importlib.import_module(f"fastcam.{name}")
     raise AttributeError(f"module 'fastcam' has no attribute {name!r}")

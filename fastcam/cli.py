@@ -25,6 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from fastcam.metrics import command as evaluation
 
             return evaluation.main(words[1:])
+        if words[:1] == ["profile"]:
+            from fastcam.profiling.command import main as profile
+
+            return profile(words[1:])
         given = _parser().parse_args(words)
         return int(given.run(given))
     except ImportError as error:
@@ -58,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("merge", help="join the stores of a job's shards into one")
     commands.add_parser("evaluate", help="how good the maps of a job, or of a method on the testbed, are")
     commands.add_parser("train-lficam", help="train an LFI-CAM network on class folders of images, or the testbed")
+    commands.add_parser("profile", help="what attribution costs on a model and this machine: a report")
     commands.add_parser("methods", help="list the methods with their sources").set_defaults(run=_list_methods)
     commands.add_parser("info", help="versions, build, backends, switches").set_defaults(run=_info)
     return parser
