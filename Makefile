@@ -10,7 +10,7 @@ PACKAGES := $(VENV)/.packages
 BUILT := $(VENV)/.built-ext=$(or $(FASTCAM_BUILD_EXT),auto)-cuda=$(or $(FASTCAM_BUILD_CUDA),auto)
 SOURCES := pyproject.toml setup.py kernels/__init__.py $(shell find csrc -type f)
 
-.PHONY: venv demo test test-peers lint format typecheck bench faithfulness gpu-check clean
+.PHONY: venv demo test test-peers lint format typecheck bench micro faithfulness gpu-check clean
 
 venv: $(BUILT)
 
@@ -72,6 +72,12 @@ faithfulness: venv
 
 bench: venv
 	for suite in benchmarks/*/bench_*.py; do $(BIN)/python -P $$suite || exit 1; done
+	$(BIN)/python -P benchmarks/readme.py
+	$(BIN)/python -P benchmarks/plots.py
+	$(MAKE) micro
+
+micro: venv
+	$(BIN)/pytest -q benchmarks/micro --benchmark-min-rounds=20 --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 gpu-check:
 	.ci/gpu-check.sh

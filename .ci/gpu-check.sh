@@ -64,7 +64,7 @@ for backend in reference cuda triton auto; do
         --junitxml="$scratch/log/$backend.xml" -o junit_logging=no || status=1
 done
 
-for benchmark in benchmarks/ops/*.py benchmarks/methods/*.py; do
+for benchmark in benchmarks/ops/*.py benchmarks/methods/*.py benchmarks/growth/*.py; do
     [ -e "$benchmark" ] || continue
     echo "gpu-check: $benchmark --device cuda"
     "$python" -P "$benchmark" --device cuda || status=1

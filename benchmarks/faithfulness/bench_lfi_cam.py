@@ -1,6 +1,6 @@
 """LFI-CAM beside an attention branch network and Grad-CAM: accuracy, stability and pointing, from scratch.
 
-    python -P benchmarks/faithfulness/bench_lfi_cam.py --work FOLDER [--images 4000] [--epochs 12] [--picture FILE]
+    python -P benchmarks/faithfulness/bench_lfi_cam.py [--work runs] [--images 4000] [--epochs 12] [--picture FILE]
 
 Task: close-ups of the testbed's digits, 32 x 32 pixels, ten classes. Three networks with the same ResNet-8 backbone
 (64 maps of 8 x 8), each trained five times: seeds 0, 1, 2; half the rate; five times the weight decay. A run in FOLDER
@@ -207,7 +207,7 @@ def draw(path: Path, models: dict[str, nn.Module], cell: int = 96) -> None:
 
 def main() -> None:
     parser = harness.arguments((__doc__ or "").splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--work", type=Path, default=Path("runs"), help="folder of the runs (default: runs)")
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--train", default="", help="only train these networks, e.g. lfi_cam,abn")
