@@ -80,6 +80,14 @@ def test_figures_follow_from_the_clock(clocks):
     assert fastest(report.rows, "lrp", 5, "fp32") is None
 
 
+def test_work_of_the_plain_forward_pass(clocks):
+    plain = profile().row("forward")
+    # Two 3 x 3 convolutions (16 x 16 and, with stride 2, 8 x 8), two linear layers; two images.
+    flops = 2 * 2 * (256 * 6 * 27 + 64 * 8 * 54 + 12 * 32 + 5 * 12)
+    assert plain["flops"] == flops
+    assert plain["op_calls"] == 8  # convolution and ReLU twice, average pool, linear, ReLU, linear
+
+
 def test_parts_add_up_to_the_call(clocks):
     row = profile().row("grad_cam", backend=OURS)
     assert set(row["stages_us"]) == set(PARTS)
