@@ -28,10 +28,10 @@ from fastcam.profiling.counting import count
 METHODS = ("grad_cam", "lift_cam", "layer_cam", "lrp", "deep_lift")
 #: Axis -> the values it takes for methods, and what the others are meanwhile.
 METHOD_AXES: dict[str, tuple[int, ...]] = {
-    "batch": (1, 2, 4, 8, 16),
-    "side": (64, 96, 128, 192, 256),
-    "targets": (1, 2, 4, 8, 16),
-    "images": (8, 16, 32, 64),
+    "batch": (1, 2, 4, 8),
+    "side": (64, 96, 128, 192),
+    "targets": (1, 2, 4, 8),
+    "images": (8, 16, 32),
 }
 USUAL = {"batch": 4, "side": 96, "targets": 1}
 #: Images a call where the axis is how many there are.
@@ -135,7 +135,7 @@ def tensors(result: Any) -> tuple[torch.Tensor, ...]:
 def main() -> None:
     parser = harness.arguments((__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--seconds", type=float, default=4.0, help="begin no turn of a group after so long (default: 4)"
+        "--seconds", type=float, default=2.0, help="begin no turn of a group after so long (default: 2)"
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

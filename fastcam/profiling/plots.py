@@ -87,9 +87,10 @@ def roofline(points: Sequence[Point], bandwidth: float, peaks: Mapping[str, floa
     import matplotlib as mpl
 
     with mpl.rc_context(_STYLE):
-        figure = _figure(8.6, 4.6)
-        axes = figure.subplots()
         shown = [p for p in points if p.intensity > 0 and p.gflops > 0]
+        lines = max(20, len(shown))
+        figure = _figure(10.4, 0.8 + 0.2 * lines)
+        axes = figure.subplots()
         low = min([p.intensity for p in shown] + [0.1]) / 2
         high = max([p.intensity for p in shown] + [max(peaks.values()) / bandwidth]) * 3
         for number, (name, peak) in enumerate(peaks.items()):
@@ -109,32 +110,28 @@ def roofline(points: Sequence[Point], bandwidth: float, peaks: Mapping[str, floa
             some = [p for p in shown if p.kind == kind]
             look: Any = {"marker": _MARKERS[kinds.index(kind) % len(_MARKERS)], "color": COLOURS[kinds.index(kind) % 8]}
             axes.scatter([p.intensity for p in some], [p.gflops for p in some], s=34, label=kind, zorder=3, **look)
-        for point, shift in _spread(shown):
+        ordered = [point for kind in kinds for point in shown if point.kind == kind]
+        for numbers, point in _gathered(ordered):
             axes.annotate(
-                point.label, (point.intensity, point.gflops), (6, shift), textcoords="offset points", fontsize=7.5,
-                color="#222", va="center",
-            )  # fmt: skip
+                numbers, (point.intensity, point.gflops), (5, 3), textcoords="offset points", fontsize=8, color="#222"
+            )
+        axes.text(1.03, 1.01, "GFLOP/s reached", color="#444", fontsize=8, transform=axes.transAxes)
+        for number, point in enumerate(ordered, 1):
+            colour = COLOURS[kinds.index(point.kind) % 8]
+            text = f"{number}  {point.label}: {point.gflops:.3g}"
+            axes.text(1.03, 1 - (number - 0.5) / lines, text, color=colour, fontsize=8, transform=axes.transAxes)
         axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte moved", ylabel="GFLOP/s", xlim=(low, high))
         axes.legend(frameon=False, loc="lower right", fontsize=8)
         return _svg(figure)
 
 
-def _spread(points: Sequence[Point]) -> list[tuple[Point, float]]:
-    """Points with the vertical shift of their labels, in points, so that labels of neighbours do not overlap."""
-    placed: list[tuple[Point, float]] = []
-
-    def spot(p: Point) -> tuple[float, float]:
-        return 90 * math.log10(p.intensity), 60 * math.log10(p.gflops)  # roughly points on the page
-
-    for point in sorted(points, key=lambda p: (p.gflops, p.intensity)):
-        x, y = spot(point)
-        shift = 0.0
-        for other, moved in placed:
-            ox, oy = spot(other)
-            if abs(x - ox) < 110 and y + shift < oy + moved + 9:
-                shift = oy + moved + 9 - y
-        placed.append((point, min(shift, 40)))
-    return placed
+def _gathered(points: Sequence[Point]) -> list[tuple[str, Point]]:
+    """Numbers of points, from 1, those that would lie on one another together."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for number, point in enumerate(points):
+        spot = round(12 * math.log10(point.intensity)), round(12 * math.log10(point.gflops))
+        found.setdefault(spot, []).append(number)
+    return [(", ".join(str(n + 1) for n in numbers), points[numbers[0]]) for numbers in found.values()]
 
 
 def growth(panels: Sequence[Panel], columns: int | None = None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -125,7 +126,8 @@ def profile(
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(max(sizes), channels, side, side, generator=generator).to(place)
     rows: list[dict[str, Any]] = []
-    with bar:
+    here = torch.cuda.device(place) if torch.device(place).type == "cuda" else contextlib.nullcontext()
+    with bar, here:
         for kind in precisions:
             plain = plan.converted(network, kind, channels_last)
             for size in sizes:
@@ -197,6 +199,10 @@ class _Run:
         """Rows of all methods, led by that of the plain forward pass."""
         rows: list[dict[str, Any]] = []
         forwards: list[float] = []
+        try:
+            case.forward()
+        except Exception as error:  # this precision on this device, or too large a batch; the others go on
+            return [self._failed(case, "forward", "torch", error)]
         for method in methods:
             bar.step(f"{method} {case.name}")
             rows += self._group(case, method, forwards)

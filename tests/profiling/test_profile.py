@@ -88,6 +88,23 @@ def test_work_of_the_plain_forward_pass(clocks):
     assert plain["op_calls"] == 8  # convolution and ReLU twice, average pool, linear, ReLU, linear
 
 
+def test_a_forward_pass_that_fails_is_a_row_and_the_others_go_on(clocks):
+    class Half(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = models.vgg_like()
+
+        def forward(self, x):
+            if x.dtype == torch.float64:
+                raise RuntimeError("no double here")
+            return self.inner(x)
+
+    report = profile(model=Half(), precision=["fp64", "fp32"], layer="inner.features")
+    assert report.rows[0]["error"] == "RuntimeError: no double here"
+    assert (report.rows[0]["precision"], report.rows[0]["median_us"]) == ("fp64", None)
+    assert report.row("grad_cam", backend=OURS)["precision"] == "fp32"
+
+
 def test_parts_add_up_to_the_call(clocks):
     row = profile().row("grad_cam", backend=OURS)
     assert set(row["stages_us"]) == set(PARTS)
@@ -167,10 +184,11 @@ def test_bf16_is_held_against_fp32():
     assert row["precision"] == "bf16"
 
 
-def test_the_model_is_left_as_it_is():
+@pytest.mark.parametrize("peers", [False, pytest.param(True, marks=pytest.mark.peers)])
+def test_the_model_is_left_as_it_is(peers):
     model = models.vgg_like().train()
     before = copy.deepcopy(model.state_dict())
-    profile(model=model, peers=True)
+    profile(model=model, peers=peers)
     assert model.training
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
