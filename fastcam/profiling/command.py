@@ -44,7 +44,7 @@ def _parser() -> argparse.ArgumentParser:
         "pass, where the time goes, memory, and bandwidth of every op, for each backend and beside installed peers.",
     )
     add: Callable[..., Any] = parser.add_argument
-    specs = "torchvision:NAME, testbed:NAME, module.path:factory and what else `fastcam.models` knows"
+    specs = "torchvision:NAME, timm:NAME, hf:DIR_OR_NAME, testbed:NAME, module.path:factory or NAME.pt2"
     add("--model", required=True, metavar="SPEC", help=specs)
     add("--methods", required=True, type=_words, metavar="A,B", help="names (`fastcam methods` lists them)")
     add("--batch", type=_numbers, default=[1, 8], metavar="N,N", help="batch sizes (default: 1,8)")

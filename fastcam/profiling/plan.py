@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -34,9 +35,11 @@ def load(model: nn.Module | str) -> tuple[nn.Module, str, int | None]:
         raise TypeError(f"model must be a torch.nn.Module or a name; got {type(model).__name__}")
     from fastcam.models import load_model
 
-    loaded = load_model(model)
-    size = getattr(loaded, "image_size", None)
-    return loaded.model, model, size[0] if isinstance(size, (tuple, list)) else size
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*has random weights")  # they cost what trained ones cost
+        loaded = load_model(model)
+    # A name may stand for a module that others hold, too.
+    return copy.deepcopy(loaded.model), model, None if loaded.image_size is None else loaded.image_size[0]
 
 
 def channels(model: nn.Module) -> int:
@@ -81,10 +84,9 @@ def device(given: str | None) -> str:
 def backends(given: Sequence[str] | str, device: str) -> tuple[list[str], list[str]]:
     """The backends to measure, and a note for each that "all" leaves out."""
     kind = torch.device(device).type
-    reasons: dict[str, str] = {}
-    for facts in fastcam.backends()["ops"].values():
-        for backend, reason in facts[kind]["reasons"].items():
-            reasons.setdefault(backend, reason)
+    found = [facts[kind]["reasons"] for facts in fastcam.backends()["ops"].values()]
+    # A backend that lacks an op may run the methods that do without it; the others then say so.
+    reasons = {name: found[0][name] for name in BACKENDS[1:] if all(name in lacking for lacking in found)}
     if given == "all" or list(given) == ["all"]:
         candidates = _BY_DEVICE[kind]
         notes = [f"backend {name} is left out: {reasons[name]}" for name in candidates if name in reasons]

@@ -83,7 +83,7 @@ def profile(
     methods     names of methods that explain single images
     batch       batch sizes; images are drawn from a fixed seed, the targets are the model's highest classes
     precision   of "fp32", "bf16", "fp16", "fp64", for the network under attribution and the plain one alike
-    backends    names of backends, or "all": those that run every op on the device
+    backends    names of backends, or "all": those that run on the device
     device      "cpu", "cuda" or "cuda:1"; None: cuda where there is one
     out         folder for profile.json, profile.csv, profile.html (and traces/); None: nothing is written
     peers       also the same method in installed peer packages, in float32
