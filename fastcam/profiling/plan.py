@@ -12,16 +12,20 @@ from torch import nn
 import fastcam
 from fastcam.backends import BACKENDS
 
-__all__ = ["DTYPES", "backends", "channels", "converted", "device", "known", "load", "positive"]
+__all__ = ["DTYPES", "backends", "channels", "converted", "device", "known", "load", "own_dtype", "positive"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _BY_DEVICE = {"cpu": ("reference", "cpp"), "cuda": ("reference", "cuda", "triton")}
 
 
+def own_dtype(model: nn.Module) -> torch.dtype:
+    """Of the first floating-point parameter; float32 where there is none."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
 def converted(model: nn.Module, precision: str, channels_last: bool) -> nn.Module:
     """A copy in another precision or layout; the model itself where neither is asked for."""
-    own = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    if own == DTYPES[precision] and not channels_last:
+    if own_dtype(model) == DTYPES[precision] and not channels_last:
         return model
     layout = torch.channels_last if channels_last else torch.preserve_format
     return copy.deepcopy(model).to(dtype=DTYPES[precision], memory_format=layout)

@@ -124,7 +124,7 @@ def profile(
     run.nvtx = watcher
     bar = Progress(len(precisions) * len(sizes) * len(names), enabled=progress)
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(max(sizes), channels, side, side, generator=generator).to(place)
+    images = torch.randn(max(sizes), channels, side, side, generator=generator).to(place, plan.own_dtype(network))
     rows: list[dict[str, Any]] = []
     here = torch.cuda.device(place) if torch.device(place).type == "cuda" else contextlib.nullcontext()
     with bar, here:
@@ -279,8 +279,7 @@ class _Run:
         return times, {name: kept[-rounds:] for name, kept in splits.items()}
 
     def _explainer(self, method: str, precision: str) -> fastcam.Explainer:
-        own = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
-        converted = None if plan.DTYPES[precision] == own else precision
+        converted = None if plan.DTYPES[precision] == plan.own_dtype(self.model) else precision
         return fastcam.Explainer(
             self.model, method, layer=self.layer, precision=converted, channels_last=self.channels_last
         )

@@ -184,6 +184,12 @@ def test_bf16_is_held_against_fp32():
     assert row["precision"] == "bf16"
 
 
+def test_a_network_of_another_type_is_profiled_in_its_own(clocks):
+    report = profile(model=models.vgg_like().double(), precision=["fp64"])
+    assert report.row("grad_cam", backend=OURS)["max_err"] < 1e-12
+    assert report.row("forward")["images_per_s"] == 4.0
+
+
 @pytest.mark.parametrize("peers", [False, pytest.param(True, marks=pytest.mark.peers)])
 def test_the_model_is_left_as_it_is(peers):
     model = models.vgg_like().train()
