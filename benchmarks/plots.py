@@ -22,7 +22,7 @@ LABELS = {
     "batch": "images a call",
     "side": "side of the image or feature map, pixels",
     "targets": "targets an image",
-    "images": "images in all, 8 a call",
+    "images": "images in all, 4 a call",
     "channels": "channels",
 }
 
