@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,15 +13,19 @@ from fastcam import ops
 
 from ..capture import Program
 from ..nodes import Node, Ref, op_name
+from ..rescale import UnsupportedOpError
 from ..transpose import transpose
 from . import steps
-from .layer import Geometry, is_weighted, weight_and_bias
+from .layer import Geometry, ModifiedWeights, is_weighted, weight_and_bias
 from .messages import Relevance
 from .rules import Pass, ZBox
 from .steps import Given, StepView
 from .walk import RelevanceWalk, Way, general_way, geometry_in, unsupported, weighted_way
 
 __all__ = ["Equilibrium", "start_layer"]
+
+#: Bytes of three maps of a portion: what the system's allocator keeps and hands out again without fresh pages.
+_PORTION = 24 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,23 +79,22 @@ class Equilibrium:
         def take(step: StepView, given: list[Any]) -> Given:
             found = weight_and_bias(node, step.get)
             if found is None:
-                raise NotImplementedError("its weight is no matrix")
+                raise UnsupportedOpError("its weight is no matrix")
             x, weight = step.get(source.index), walk.weights.get(found[0], "magnitude", torch.abs)
             pointwise = self._is_pointwise(geometry, weight)
-            divisors = geometry.apply(_bases(x, self.threshold), weight)
-            shape = torch.Size((3 * len(x), *x.shape[1:]))
-            results: list[Relevance] = []
-            for one in given:
-                r = one.tensor()
-                budgets = ops.relevance_budgets(r)
-                ratio = 1.0 if pointwise else self.ratio
-                messages = ops.relevance_equilibrium(r, budgets, divisors, ratio)
-                if len(results) + 1 == len(given):
-                    del divisors  # three maps of the layer above: not beside three of the one below
-                parts = geometry.back(messages, weight, shape, walk.weights)
-                del messages, r
-                results.append(Relevance(ops.relevance_combine(x, parts, budgets, not pointwise, self.threshold)))
-            return {source.index: results}
+            ratio = 1.0 if pointwise else self.ratio
+            whole = [one.tensor() for one in given]
+            budgets = [ops.relevance_budgets(r) for r in whole]
+            results: list[list[Tensor]] = [[] for _ in given]
+            for some in _portions(x, whole[0]):
+                here = x[some]
+                divisors = _divisors(here, weight, geometry, self.threshold, walk.weights)
+                shape = torch.Size((3 * len(here), *x.shape[1:]))
+                for result, r, of in zip(results, whole, budgets, strict=True):
+                    messages = ops.relevance_equilibrium(r[some], of[some], divisors, ratio)
+                    parts = geometry.back(messages, weight, shape, walk.weights)
+                    result.append(ops.relevance_combine(here, parts, of[some], not pointwise, self.threshold))
+            return {source.index: [Relevance(r[0] if len(r) == 1 else torch.cat(r)) for r in results]}
 
         return Way(take)
 
@@ -138,16 +142,56 @@ class Equilibrium:
         return {step.source: given if keep is None else [Relevance(torch.where(keep, g.tensor(), 0)) for g in given]}
 
 
-def _bases(x: Tensor, threshold: float) -> Tensor:
-    """max(x, 0), active and inactive, one batch after the other, each image in the order of x."""
-    order = sorted(range(1, x.ndim), key=lambda d: -x.stride(d)) if len(x) else list(range(1, x.ndim))
-    stacked = x.new_empty((3 * len(x), *(x.shape[d] for d in order)))
-    stacked = stacked.permute(0, *(order.index(d) + 1 for d in range(1, x.ndim)))
-    plus, active, inactive = stacked.split(len(x)) if len(x) else (stacked,) * 3
-    torch.clamp(x, min=0, out=plus)
-    torch.gt(x, threshold, out=active)
-    torch.le(x, threshold, out=inactive)
+def _portions(x: Tensor, r: Tensor) -> list[slice]:
+    """A layer's images in portions whose intermediate results stay in the cache, and in memory that is used again."""
+    image = 3 * max(x[:1].numel(), r[:1].numel()) * x.element_size()
+    step = max(1, _PORTION // max(1, image))
+    return [slice(start, start + step) for start in range(0, max(1, len(x)), step)]
+
+
+def _divisors(x: Tensor, weight: Tensor, geometry: Geometry, threshold: float, cache: ModifiedWeights) -> Tensor:
+    """c(max(x, 0), V), c(1[x > threshold], V) and c(1[x <= threshold], V), one batch after the other.
+
+    The last is c(1, V), which is the same for all images, less the one before, where digits suffice; what is left of
+    less than 2^-17 of c(1, V) in float32 is rounding and counts as 0.
+    """
+    short = x.dtype in (torch.float16, torch.bfloat16)
+    found = geometry.apply(_bases(x, threshold, inactive=short), weight)
+    if short or len(x) == 0:
+        return found
+    kept = cache.get(weight, ("all", geometry), lambda _: {})
+    if x.shape[1:] not in kept:
+        kept.clear()
+        kept[x.shape[1:]] = geometry.apply(torch.ones_like(x[:1]), weight)
+    everything = kept[x.shape[1:]]
+    divisors = _stack(found, 3 * len(x))
+    both, inactive = divisors.split([2 * len(x), len(x)])
+    both.copy_(found)
+    torch.sub(everything, found[len(x) :], out=inactive)
+    inactive.mul_(inactive > everything * (64 * torch.finfo(x.dtype).eps))
+    return divisors
+
+
+def _bases(x: Tensor, threshold: float, inactive: bool = True) -> Tensor:
+    """max(x, 0), active and (on demand) inactive, one batch after the other, each image in the order of x."""
+    stacked = _stack(x, (3 if inactive else 2) * len(x))
+    for part, make in zip(stacked.split(len(x)) if len(x) else (), _BASES, strict=False):
+        make(x, threshold, part)
     return stacked
+
+
+_BASES: tuple[Callable[[Tensor, float, Tensor], Tensor], ...] = (
+    lambda x, threshold, out: torch.clamp(x, min=0, out=out),
+    lambda x, threshold, out: torch.gt(x, threshold, out=out),
+    lambda x, threshold, out: torch.le(x, threshold, out=out),
+)
+
+
+def _stack(x: Tensor, count: int) -> Tensor:
+    """Memory for `count` images in sequence, each in the order of those of x."""
+    order = sorted(range(1, x.ndim), key=lambda d: -x.stride(d))
+    stacked = x.new_empty((count, *(x.shape[d] for d in order)))
+    return stacked.permute(0, *(order.index(d) + 1 for d in range(1, x.ndim)))
 
 
 def _winner(step: StepView, given: list[Any]) -> Given:
