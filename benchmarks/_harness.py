@@ -11,6 +11,7 @@ same number of bytes (read plus written) in the same turn-taking. Timing and the
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
@@ -102,12 +103,22 @@ def _cell(value: Any) -> str:
 
 
 def write(
-    suite: str, device: str, rows: Sequence[Mapping[str, Any]], out: Path, keys: Sequence[str] = ROW_KEYS, **more: Any
-) -> Path:
-    """Validate (rows have at least `keys`) and store rows with the metadata (and `more` of it); returns the path."""
+    suite: str, device: str, rows: Sequence[Mapping[str, Any]], out: Path, keys: Sequence[str] = ROW_KEYS,
+    parts: bool = False, **more: Any,
+) -> Path:  # fmt: skip
+    """Validate (rows have at least `keys`) and store rows with the metadata (and `more` of it); returns the path.
+
+    parts  add to the rows and facts that the file has of the same commit, for suites that run in parts
+    """
     facts = metadata(device) | more
-    name = f"{suite}--{machine_slug(facts)}--{device}.json"
-    document = storable({"metadata": facts, "results": list(rows)})
-    path = write_json(Path(out) / fastcam.__version__ / name, document, keys)
+    path = Path(out) / fastcam.__version__ / f"{suite}--{machine_slug(facts)}--{device}.json"
+    rows = list(rows)
+    if parts and path.is_file():
+        there = json.loads(path.read_text())
+        if there["metadata"]["commit"] == facts["commit"]:
+            names = {entry["name"] for entry in rows}
+            rows = [entry for entry in there["results"] if entry["name"] not in names] + rows
+            facts = there["metadata"] | facts
+    write_json(path, storable({"metadata": facts, "results": rows}), keys)
     print(f"wrote {path}")
     return path

@@ -1,6 +1,8 @@
 """Relevance methods on ResNet-50 and VGG-16: time and memory as multiples of the plain forward, beside Zennit.
 
-    python -P benchmarks/methods/bench_relevance.py [--rounds 7] [--only resnet50]
+    python -P benchmarks/methods/bench_relevance.py [--rounds 7]
+
+or in parts, which end up in one file: --only resnet50, --only vgg16, --only peak.
 
 Random weights, batch 8, 224 x 224, float32. F is the model's own forward under `inference_mode`, of the same network.
 Zennit runs with its canonizers, batch norms merged once before the clock starts. Correctness first: every map against
@@ -11,7 +13,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,26 @@ import fastcam
 from fastcam._testing.models import torchvision_models
 
 BATCH, SIDE = 8, 224
-METHODS: dict[str, dict[str, Any]] = {
-    "lrp epsilon_plus": {"method": "lrp", "composite": "epsilon_plus"},
-    "lrp epsilon_plus_flat": {"method": "lrp", "composite": "epsilon_plus_flat"},
-    "lrp epsilon_alpha2_beta1": {"method": "lrp", "composite": "epsilon_alpha2_beta1"},
-    "attribution_equilibrium": {"method": "attribution_equilibrium"},
-    "relevance_cam": {"method": "relevance_cam"},
-    "rap": {"method": "rap"},
-    "clrp": {"method": "clrp"},
-    "sglrp": {"method": "sglrp"},
-    "guided_backprop": {"method": "guided_backprop"},
-}
+#: Methods that are measured together, taking turns with the forward pass: rows and options.
+GROUPS: tuple[dict[str, dict[str, Any]], ...] = (
+    {
+        "lrp epsilon_plus": {"method": "lrp", "composite": "epsilon_plus"},
+        "lrp epsilon_plus_flat": {"method": "lrp", "composite": "epsilon_plus_flat"},
+        "lrp epsilon_alpha2_beta1": {"method": "lrp", "composite": "epsilon_alpha2_beta1"},
+    },
+    {
+        "attribution_equilibrium": {"method": "attribution_equilibrium"},
+        "relevance_cam": {"method": "relevance_cam"},
+        "rap": {"method": "rap"},
+    },
+    {
+        "clrp": {"method": "clrp"},
+        "sglrp": {"method": "sglrp"},
+        "guided_backprop": {"method": "guided_backprop"},
+    },
+)
+METHODS = {row: options for group in GROUPS for row, options in group.items()}
+MEMORY = ("lrp epsilon_plus", "lrp epsilon_alpha2_beta1", "attribution_equilibrium", "rap")
 #: The layer that relevance_cam stops at: ResNet's third stage, VGG's fourth block.
 LAYERS = {"resnet50": "layer3", "vgg16": "features.22"}
 
@@ -81,7 +91,7 @@ def zennit_calls(name: str) -> dict[str, tuple[str, Callable[[], torch.Tensor]]]
     return found
 
 
-def measure(name: str, options: Any) -> list[dict[str, Any]]:
+def measure(name: str, group: dict[str, dict[str, Any]], options: Any) -> list[dict[str, Any]]:
     model = network(name)
     images, targets = batch()
 
@@ -92,22 +102,19 @@ def measure(name: str, options: Any) -> list[dict[str, Any]]:
     calls: dict[str, Callable[[], Any]] = {"forward": forward}
     match: dict[str, tuple[bool, float]] = {"forward": (True, 0.0)}
     ours: dict[str, torch.Tensor] = {}
-    for what in METHODS:
-        if options.only not in f"{name} {what}":
-            continue
+    for what in group:
         made = explainer(name, what, model)
         maps = made(images, targets).maps
         with fastcam.backend("reference"):
             match[what] = harness.agree(made(images, targets).maps, maps, 2e-3)
         ours[what] = maps
         calls[what] = lambda made=made: made(images, targets)
-    for label, (answers, call) in zennit_calls(name).items():
-        if answers not in ours:
-            continue
-        theirs = call().sum(1)
-        theirs = theirs / theirs.flatten(1).abs().amax(1).reshape(-1, 1, 1)
+    theirs = zennit_calls(name) if any(what.startswith("lrp") for what in group) else {}
+    for label, (answers, call) in theirs.items():
+        found = call().sum(1)
+        found = found / found.flatten(1).abs().amax(1).reshape(-1, 1, 1)
         # The release keeps eps in merged batch norms, which moves ResNet maps by some 1e-4.
-        match[label] = harness.agree(theirs, ours[answers], 2e-2)
+        match[label] = harness.agree(found, ours[answers], 2e-2)
         calls[label] = call
     times = harness.alternate(calls, options.rounds, warmup=1)
     rows = []
@@ -117,6 +124,7 @@ def measure(name: str, options: Any) -> list[dict[str, Any]]:
         if label.startswith("zennit"):
             more["times_ours"] = harness.ratio(times, label, "lrp" + label.removeprefix("zennit"))
         rows.append(harness.row(f"{name} {label}", seconds, correct, **more))
+    harness.table(rows, ["name", "times_forward", "times_ours", "median_us", "iqr_us", "max_err", "match"])
     return rows
 
 
@@ -138,25 +146,22 @@ def peak_mib(name: str, what: str) -> float:
 
 def main() -> None:
     options = harness.arguments((__doc__ or "").splitlines()[0]).parse_args()
+    if options.only not in ("", "peak", *LAYERS):
+        raise SystemExit(f"--only names a part: {', '.join(LAYERS)} or peak; got {options.only!r}")
     torch.set_num_threads(options.threads)
-    start = time.time()
-    rows = [row for name in LAYERS if options.only.split()[:1] in ([], [name]) for row in measure(name, options)]
+    rows: dict[str, dict[str, Any]] = {}
+    for name in LAYERS:
+        if options.only in ("", name):
+            for group in GROUPS:
+                rows |= {entry["name"]: entry for entry in measure(name, group, options) if entry["name"] not in rows}
     more: dict[str, Any] = {}
-    if not options.only:
+    if options.only in ("", "peak"):
         for name in LAYERS:
-            for what in ("autograd", "lrp epsilon_plus", "lrp epsilon_alpha2_beta1", "attribution_equilibrium", "rap"):
+            for what in ("autograd", *MEMORY):
                 more[f"peak_mib {name} {what}"] = round(peak_mib(name, what), 1)
-    harness.table(rows, ["name", "times_forward", "times_ours", "median_us", "iqr_us", "max_err", "match"])
-    print(json.dumps(more, indent=1))
+        print(json.dumps(more, indent=1))
     harness.write(
-        "relevance",
-        options.device,
-        rows,
-        options.out,
-        batch=BATCH,
-        side=SIDE,
-        seconds=round(time.time() - start),
-        **more,
+        "relevance", options.device, list(rows.values()), options.out, parts=True, batch=BATCH, side=SIDE, **more
     )
 
 

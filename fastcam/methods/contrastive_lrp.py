@@ -8,6 +8,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from fastcam import ops
+from fastcam.program.nodes import Node
+from fastcam.program.relevance import Weighted
+from fastcam.program.relevance.layer import Layer
+from fastcam.program.relevance.messages import Relevance
+from fastcam.program.relevance.walk import RelevanceWalk, Way, weighted_way
+
 from ._method import Evidence, Method, Passage
 from ._relevance import RelevanceOptions, columns, evidence_of, onehot
 from .relevance_cam import guarded
@@ -37,12 +44,49 @@ class ClrpOptions(ContrastiveOptions):
     dual  what the target is contrasted with (see `clrp`)
     """
 
-    dual: Literal["uniform", "logits"] = "uniform"
+    dual: Literal["uniform", "logits", "negated"] = "uniform"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.dual not in ("uniform", "logits"):
-            raise ValueError(f"dual must be 'uniform' or 'logits'; got {self.dual!r}")
+        if self.dual not in ("uniform", "logits", "negated"):
+            raise ValueError(f"dual must be 'uniform', 'logits' or 'negated'; got {self.dual!r}")
+        if self.dual == "negated":
+            self._walked_by(NegatedRules())
+
+
+@dataclass(frozen=True)
+class BySign(Weighted):
+    """R' = x t(max(R, 0) / p, W+) + x t(min(R, 0) / n, W-), p and n the positive and negative contributions: z+ for
+    relevance above 0, z+ of the negated weights for relevance below, which stays negative."""
+
+    def prepare(self, layer: Layer) -> tuple[Tensor, Tensor]:
+        return layer.positive_contributions(False), layer.forward(layer.parts, layer.split("negative"))
+
+    def send(self, layer: Layer, prepared: tuple[Tensor, Tensor], relevance: Relevance) -> Relevance:
+        given = relevance.tensor()
+        sides = zip((given.clamp(min=0), given.clamp(max=0)), prepared, strict=True)
+        messages = [ops.relevance_divide(r, d, epsilon=0.0) for r, d in sides]
+        return Relevance(*layer.merged(layer.send_both(torch.cat(messages, -1), (1.0, 0.0), (0.0, 1.0))))
+
+
+@dataclass(frozen=True, eq=False)
+class NegatedRules:
+    """As `guarded`, but relevance below 0 passes a linear output layer as if its weights were negated."""
+
+    def check(self, walk: RelevanceWalk) -> None:
+        if not any(walk.program.nodes[index].kind == "linear" for index in walk.ends):
+            raise ValueError(
+                "dual='negated' negates the weights of a linear output layer, and this network ends otherwise; use "
+                "dual='uniform' or 'logits'"
+            )
+
+    def way(self, walk: RelevanceWalk, node: Node, active: frozenset[int]) -> Way:
+        if node.kind == "linear" and node.index in walk.ends:
+            return weighted_way(walk, node, active, BySign())
+        return _REST.way(walk, node, active)
+
+
+_REST = guarded()
 
 
 def clrp(passage: Passage, options: ClrpOptions) -> Evidence:
@@ -53,12 +97,13 @@ def clrp(passage: Passage, options: ClrpOptions) -> Evidence:
     L_t and L_o are walked back together, by guarded z+ without biases, the box rule at the image, from the seeds
         dual "uniform"  L_t: y_c at c;    L_o: y_c / (C - 1) at every other class
         dual "logits"   L_t: |y_c| at c;  L_o: |y_k| at every other class k; both maps divided by their totals first
+        dual "negated"  L_t: |y_c| at c;  L_o: |y_c| at c, the weights of the linear output layer negated; likewise
     Where sum L_o is 0 nothing is taken away. `layers` and `extra["relevance"]` are of L_t less L_o, scaled likewise.
 
     Shapes: (B, *spatial); T targets add an axis after B. Errors: as `lrp`; ValueError for a single class.
     Cost: the forward pass, one modified forward behind it, and two transposed passes for each target.
     Source: Gu et al., Understanding Individual Decisions of CNNs via Contrastive Backpropagation, ACCV 2018; its public
-    implementations differ in the seeds, which are the two duals.
+    implementations differ in the seeds, which are the three duals.
     """
     logits = _several_classes(passage)
     seeds: list[Tensor] = []
@@ -67,11 +112,14 @@ def clrp(passage: Passage, options: ClrpOptions) -> Evidence:
         if options.dual == "uniform":
             rest = (value / (logits.shape[1] - 1)).unsqueeze(1).expand_as(logits)
             seeds += [onehot(logits, chosen, value), rest - onehot(logits, chosen, rest[:, 0])]
+        elif options.dual == "negated":
+            target = onehot(logits, chosen, value.abs())
+            seeds += [target, -target]
         else:
             size = logits.abs()
             target = onehot(logits, chosen, value.abs())
             seeds += [target, size - target]
-    return _contrast(passage, options, seeds, share=options.dual == "logits")
+    return _contrast(passage, options, seeds, share=options.dual != "uniform")
 
 
 def sglrp(passage: Passage, options: ContrastiveOptions) -> Evidence:

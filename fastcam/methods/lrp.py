@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
-from fastcam.program.relevance import Composite, Epsilon, MaxPool, named
+from fastcam.program.relevance import Composite, Epsilon, MaxPool, as_captum, named
 
 from ._method import Evidence, Method, Passage
 from ._relevance import RelevanceOptions, Seed, evidence_of, onehot_columns, totals
@@ -21,34 +21,43 @@ __all__ = ["DECONVNET", "GUIDED_BACKPROP", "LRP", "LrpOptions", "lrp"]
 class LrpOptions(RelevanceOptions):
     """As `RelevanceOptions`, and
 
-    composite    name of a composite (see `lrp`), or a `fastcam.relevance.Composite`
-    epsilon      stabiliser of divisions; None: 1e-6
+    composite    name of a composite (see `lrp`), or a `fastcam.relevance.Composite`; None: "epsilon_plus_flat", or
+                 the epsilon rule everywhere under Captum's convention
+    convention   "zennit" · "captum": as Captum computes rules (`lrp`), and its defaults of epsilon, seed and norms
+    epsilon      stabiliser of divisions; None: 1e-6, or 1e-9 under Captum's convention
     gamma        of the gamma rule; None: 0.25
     alpha, beta  of the alpha-beta rule, alpha - beta = 1; None: 2 and 1
     low, high    bounds of prepared images for "epsilon_gamma_box": numbers, tensors or "minmax" (of each image)
     seed         relevance at the logits: "onehot" (1 at the target), "logit" (the logit there), "contrast" (1 at the
-                 target, -1/C at the other C - 1 classes), a tensor (B, C), or a callable that makes one of the logits
+                 target, -1/C at the other C - 1 classes), a tensor (B, C), or a callable that makes one of the logits;
+                 None: "onehot", or "logit" under Captum's convention
     bias         "include": biases take part in the rules and absorb relevance · "zero": they are left out
     max_pool     "winner", "proportional" or "ties"
     norms        batch norms after convolutions and linear layers: "fold" into them · "pass" relevance on unchanged ·
-                 "epsilon"; other norms pass it on under "fold"
+                 "epsilon"; other norms pass it on under "fold"; None: "fold", or "epsilon" under Captum's convention
     """
 
-    composite: str | Composite = "epsilon_plus_flat"
+    composite: str | Composite | None = None
+    convention: Literal["zennit", "captum"] = "zennit"
     epsilon: float | None = None
     gamma: float | None = None
     alpha: float | None = None
     beta: float | None = None
     low: float | Tensor | Literal["minmax"] | None = None
     high: float | Tensor | Literal["minmax"] | None = None
-    seed: Seed | Tensor | Callable[[Tensor], Tensor] = "onehot"
+    seed: Seed | Tensor | Callable[[Tensor], Tensor] | None = None
     bias: Literal["include", "zero"] = "include"
     max_pool: Literal["winner", "proportional", "ties"] = "winner"
-    norms: Literal["fold", "pass", "epsilon"] = "fold"
+    norms: Literal["fold", "pass", "epsilon"] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _one_of("bias", self.bias, "include", "zero")
+        _one_of("convention", self.convention, "zennit", "captum")
+        captum = self.convention == "captum"
+        self._default("seed", "logit" if captum else "onehot")
+        self._default("norms", "epsilon" if captum else "fold")
+        self._default("composite", Composite(conv=Epsilon()) if captum else "epsilon_plus_flat")
         _one_of("norms", self.norms, "fold", "pass", "epsilon")
         if not isinstance(self.seed, Tensor) and not callable(self.seed):
             _one_of("seed", self.seed, "onehot", "logit", "contrast")
@@ -56,19 +65,31 @@ class LrpOptions(RelevanceOptions):
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} must be a finite number, not negative; got {value!r}")
-        numbers = {name: getattr(self, name) for name in ("epsilon", "gamma", "alpha", "beta", "low", "high")}
-        if isinstance(self.composite, Composite):
-            given = [name for name, value in numbers.items() if value is not None]
-            if given or self.bias != "include":
-                raise ValueError(f"{(given or ['bias'])[0]} belongs to the rules of a composite given by the user")
-            composite = self.composite
-        else:
-            composite = named(self.composite, **numbers, bias=self.bias == "include")
+        composite = self._chosen(captum)
         if self.max_pool != "winner":
             composite = replace(composite, max_pool=MaxPool(self.max_pool))
-        if self.norms == "epsilon":
-            composite = replace(composite, norm=Epsilon(epsilon=1e-6 if self.epsilon is None else self.epsilon))
+        epsilon = self.epsilon if self.epsilon is not None else 1e-9 if captum else 1e-6
+        if captum:
+            composite = as_captum(composite, epsilon)
+        elif self.norms == "epsilon":
+            composite = replace(composite, norm=Epsilon(epsilon))
         self._walked_by(composite, folded=self.norms == "fold")
+
+    def _default(self, name: str, value: Any) -> None:
+        if getattr(self, name) is None:
+            object.__setattr__(self, name, value)
+
+    def _chosen(self, captum: bool) -> Composite:
+        numbers = {name: getattr(self, name) for name in ("gamma", "alpha", "beta", "low", "high")}
+        if not captum:
+            numbers["epsilon"] = self.epsilon
+        if not isinstance(self.composite, Composite):
+            assert self.composite is not None
+            return named(self.composite, **numbers, bias=self.bias == "include")
+        given = [name for name, value in numbers.items() if value is not None]
+        if given or self.bias != "include":
+            raise ValueError(f"{(given or ['bias'])[0]} belongs to the rules of a composite given by the user")
+        return self.composite
 
 
 def _one_of(name: str, value: Any, *known: str) -> None:
@@ -91,6 +112,10 @@ def lrp(passage: Passage, options: LrpOptions) -> Evidence:
     Elsewhere: residual sums and average pools in proportion (norm), max pools to the winner, activations pass, products
     by a gate go to the gated features, batch norms are folded into the convolution or linear layer before them, and
     pass where there is none. ReLU as a function, in place or re-used, and modules used twice are steps like any other.
+
+    convention="captum" computes epsilon, gamma and z+ (alpha1-beta0) as Captum 0.9 does: weights V = W + gamma W+ or
+    W+, R' = x t(R / st(c(x, V) + b), V) whatever the signs of x and b; the epsilon rule at pools, sums and norms, which
+    are not folded; maxima z pass z / st(z) of their relevance.
 
     `Attribution.delta` is what the map's total lacks of the seed's: the relevance that biases, stabilisers and
     normalisations took. The map is signed; normalised, it is divided by its largest magnitude.

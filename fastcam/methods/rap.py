@@ -59,11 +59,13 @@ class RapRules:
 
     joint: bool
 
+    def check(self, walk: RelevanceWalk) -> None:
+        if not any(walk.program.nodes[index].kind == "linear" for index in walk.ends):
+            raise ValueError("rap starts at a linear output layer, and this network ends otherwise; use method='lrp'")
+
     def way(self, walk: RelevanceWalk, node: Node, active: frozenset[int]) -> Way:
         if node.kind == "linear" and node.index in walk.ends:
             return weighted_way(walk, node, active, OutputRule())
-        if not any(walk.program.nodes[index].kind == "linear" for index in walk.ends):
-            raise ValueError("rap starts at a linear output layer, and this network ends otherwise; use method='lrp'")
         plain = _REST.way(walk, node, active)
         if node.kind in ("conv", "linear") and node.index not in walk.first and not self.joint:
             source = node.args[0].index

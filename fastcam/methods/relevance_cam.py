@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
+
+from torch import Tensor
 
 from fastcam import ops
 from fastcam.program.relevance import Composite, Norm, ZBox, ZPlus
+from fastcam.program.relevance.layer import Layer
 
 from ._maps import planar
 from ._method import CamOptions, Evidence, Method, Passage
@@ -20,20 +23,33 @@ class RelevanceCamOptions(CamOptions, RelevanceOptions):
     """As `CamOptions` (but relu is False) and `RelevanceOptions`, and
 
     seed  relevance at the logits: "contrast" (1 at the target, -1/C elsewhere), "onehot" or "logit"
-    bias  "zero": biases take no part · "include": positive biases absorb relevance
+    bias  "zero": biases take no part · "include": positive biases absorb relevance · "release": as in the authors'
+          public code, which adds a convolution's bias to its divisor twice; batch norms, not folded, pass relevance on
     """
 
     relu: bool = False
     seed: Seed = "contrast"
-    bias: Literal["include", "zero"] = "zero"
+    bias: Literal["include", "zero", "release"] = "zero"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bias not in ("include", "zero"):
-            raise ValueError(f"bias must be 'include' or 'zero'; got {self.bias!r}")
+        if self.bias not in ("include", "zero", "release"):
+            raise ValueError(f"bias must be 'include', 'zero' or 'release'; got {self.bias!r}")
         if self.seed not in ("contrast", "onehot", "logit"):
             raise ValueError(f"seed must be 'contrast', 'onehot' or 'logit'; got {self.seed!r}")
-        self._walked_by(guarded(bias=self.bias == "include"))
+        rules = guarded(bias=self.bias == "include")
+        if self.bias == "release":
+            rules = replace(rules, conv=BiasedTwice(bias=False, epsilon=0.0))
+        self._walked_by(rules, folded=self.bias != "release")
+
+
+@dataclass(frozen=True)
+class BiasedTwice(ZPlus):
+    """z+ with the bias, of whatever sign, in both halves of the divisor: c(x+, W+) + b + c(x-, W-) + b."""
+
+    def prepare(self, layer: Layer) -> Tensor:
+        bias = None if layer.bias is None else 2 * layer.bias
+        return layer.forward(layer.parts, layer.split("positive"), bias)
 
 
 def guarded(bias: bool = False, **rules: Any) -> Composite:

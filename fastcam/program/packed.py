@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["PackedConvolution"]
+__all__ = ["PackedConvolution", "packs"]
 
 
 class PackedConvolution:
@@ -57,13 +57,20 @@ class PackedConvolution:
 
 
 def _supported(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    if x.device.type != "cpu" or x.ndim != 4 or x.numel() == 0 or x.dtype != weight.dtype:
+    if x.ndim != 4 or x.numel() == 0 or x.dtype != weight.dtype:
+        return False
+    return packs(x.dtype, x.device)
+
+
+def packs(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether convolutions of this kind run on packed weights."""
+    if device.type != "cpu":
         return False
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_convolution_weight"):
         return False
-    if x.dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return x.dtype == torch.float32
+    return dtype == torch.float32
 
 
 def _addable(other: torch.Tensor | None, x: torch.Tensor) -> bool:

@@ -33,6 +33,7 @@ from .forward import (
 from .layers import find_layer
 from .multipliers import Recorded, one_for_all
 from .nodes import Ref
+from .packed import packs
 from .relevance import Passed, RelevanceWalk
 from .relevance import known as known_relevance
 from .rescale import known
@@ -117,7 +118,8 @@ class Bindings:
         """`program` at value `feature`, with the weights of this moment; `own` is the model's dtype.
 
         foldable, fold  whether batch norms may be folded into convolutions; whether they must be
-        wide            run a float16 network in float32: what is divided by small numbers leaves float16's range
+        wide            for walks of relevance: run a float16 network in float32, since what is divided by small
+                        numbers leaves float16's range, and in the layout that packed convolutions are fastest in
         """
         # A run that converts the weights may as well fold the batch norms; the plain one gives the model's own bits.
         converted = fold or (foldable and (self._precision is not None or self._channels_last))
@@ -130,7 +132,12 @@ class Bindings:
         if made not in self._kept:
             half = (self._precision or own) == torch.float16
             precision = torch.float32 if wide and half else self._precision
-            self._kept[made] = Bound(made, self._model, own, precision, self._channels_last, self._compiled)
+            # A walk back is mostly convolutions, and packed ones need not reorder their maps in this layout.
+            planar = len(made.program.nodes[made.program.input].shape or ()) == 4
+            first = next(self._model.parameters(), None)
+            last = wide and made.packed and planar and first is not None and packs(precision or own, first.device)
+            layout = self._channels_last or last
+            self._kept[made] = Bound(made, self._model, own, precision, layout, self._compiled)
         return self._kept[made]
 
 

@@ -312,3 +312,71 @@ def test_norms_by_the_batchs_statistics_are_refused():
 def test_ratio_is_a_number():
     with pytest.raises(ValueError, match="ratio must lie in"):
         fastcam.Explainer(nn.Conv2d(3, 4, 3), "attribution_equilibrium", ratio=True)
+
+
+def test_without_a_convolution_below_its_start_it_says_so():
+    net = nn.Sequential(nn.ReLU(), nn.AvgPool2d(2), nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    with pytest.raises(ValueError, match=r"none below this layer; pass a later one as layer="):
+        fastcam.attribute(net, torch.rand(1, 3, 16, 16), "attribution_equilibrium", layer="1")
+
+
+def test_layers_inside_a_residual_block_are_reached_by_both_ways_of_sharing():
+    torch.manual_seed(0)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Conv2d(3, 6, 3, padding=1)
+            self.one, self.two = nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+            self.head = nn.Linear(6, 3)
+
+        def forward(self, x):
+            x = functional.relu(self.stem(x))
+            x = functional.relu(x + self.two(functional.relu(self.one(x))))
+            return self.head(x.mean((2, 3)))
+
+    model = seeded(Block).double()
+    for residual_rule in ("branch", "proportional"):
+        found = fastcam.attribute(
+            model, IMAGES, "attribution_equilibrium", residual=residual_rule, layers=["one", "two", "stem"], targets=1,
+            normalize=False,
+        )  # fmt: skip
+        inside = found.extra["layers"]
+        # The rule of a k x k convolution makes the totals: 0 at ratio 2, up to what the guards drop.
+        torch.testing.assert_close(inside["one"].sum((1, 2, 3)), torch.zeros(3).double(), rtol=0, atol=1e-9)
+        assert inside["two"].shape == inside["stem"].shape == (3, 6, 16, 16)
+    share = fastcam.attribute(
+        model, IMAGES, "attribution_equilibrium", residual="branch", layers=["two"], targets=1, normalize=False
+    ).extra["layers"]["two"]
+    with torch.no_grad():  # of a sum x0 + x1 the branch takes |x1| / (|x0| + |x1|)
+        x = functional.relu(model.stem(IMAGES))
+        branch = model.two(functional.relu(model.one(x)))
+    part = branch.abs() / (branch.abs() + x.abs())
+    torch.testing.assert_close(inside["two"], part * share, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_inactive_divisors_from_the_difference(dtype):
+    """c(1[x <= 0], V) as c(1, V) less the active part, against the convolution itself; nothing where nothing is."""
+    from fastcam.program.relevance.equilibrium import _bases, _divisors
+    from fastcam.program.relevance.layer import Geometry, ModifiedWeights
+
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(3, 40, 13, 9, generator=generator).to(dtype)
+    x[0] = x[0].abs() + 0.1  # all active: exactly 0
+    x[1, :, :6] = x[1, :, :6].abs() + 0.1
+    cache = ModifiedWeights()
+    for geometry, shape in (
+        (Geometry(2, False, (1, 1), (1, 1), (1, 1), 1), (8, 40, 3, 3)),
+        (Geometry(2, False, (2, 2), (0, 0), (1, 1), 4), (8, 10, 2, 3)),
+        (Geometry(2, True, (2, 2), (1, 1), (1, 1), 1, (1, 1)), (40, 8, 3, 3)),
+    ):
+        weight = torch.rand(shape, generator=generator).to(dtype)
+        found = _divisors(x, weight, geometry, 0.0, cache)
+        want = geometry.apply(_bases(x, 0.0), weight)
+        step = torch.finfo(dtype).eps
+        torch.testing.assert_close(found, want, rtol=20 * step, atol=200 * step * float(want.max()))
+        assert found[6].count_nonzero() == 0
+        assert torch.equal(found[7:] == 0, want[7:] == 0)
+        small = _divisors(x[:, :, :8], weight, geometry, 0.0, cache)  # another size
+        torch.testing.assert_close(small, geometry.apply(_bases(x[:, :, :8], 0.0), weight), rtol=20 * step, atol=1e-3)

@@ -205,7 +205,9 @@ def test_seeds():
 
 def test_contrasts_total_nothing_and_sglrp_is_its_definition():
     model = vgg_like().double()
-    for method, options in (("clrp", {}), ("clrp", {"dual": "logits"}), ("sglrp", {})):
+    for method, options in (
+        ("clrp", {}), ("clrp", {"dual": "logits"}), ("clrp", {"dual": "negated"}), ("sglrp", {})
+    ):  # fmt: skip
         found = fastcam.attribute(model, IMAGES, method, targets=TARGETS, normalize=False, **options)
         size = found.maps.abs().sum((1, 2))
         assert (found.maps.sum((1, 2)).abs() <= 1e-9 * size).all()
@@ -223,6 +225,54 @@ def test_contrasts_total_nothing_and_sglrp_is_its_definition():
     want = target - other * (target.sum((1, 2)) / other.sum((1, 2))).reshape(3, 1, 1)
     got = fastcam.attribute(model, IMAGES, "sglrp", targets=TARGETS, normalize=False).maps
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("dual", ["logits", "negated"])
+def test_clrp_duals_are_two_walks(dual):
+    """L_t and L_o walked apart - the second through a network whose last weights are negated - each over its total."""
+    from fastcam.methods.relevance_cam import guarded
+
+    model = plain(True)
+    logits = model(IMAGES).detach()
+    onto = functional.one_hot(torch.tensor(TARGETS), 5).double()
+
+    def share(net, seed):
+        found = fastcam.attribute(net, IMAGES, "lrp", composite=guarded(), seed=seed, normalize=False).maps
+        return found / found.sum((1, 2), keepdim=True)
+
+    negated = plain(True)
+    negated.head.weight.data.neg_()
+    other = share(negated, logits.abs() * onto) if dual == "negated" else share(model, logits.abs() * (1 - onto))
+    found = fastcam.attribute(model, IMAGES, "clrp", dual=dual, targets=TARGETS, normalize=False)
+    torch.testing.assert_close(found.maps, share(model, logits.abs() * onto) - other, rtol=1e-9, atol=1e-12)
+    ends = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double().eval()
+    with pytest.raises(ValueError, match="linear output layer"):
+        fastcam.attribute(ends, IMAGES, "clrp", dual="negated")
+
+
+def test_relevance_cam_with_the_bias_of_the_release():
+    """One convolution above the layer, by hand: the divisor has the bias twice, whatever its sign."""
+    model = plain(True)
+    found = fastcam.attribute(
+        model, IMAGES, "relevance_cam", layer="one", bias="release", targets=TARGETS, normalize=False,
+        return_relevance=True,
+    ).extra["relevance"]  # fmt: skip
+    with torch.no_grad():
+        leaf = functional.relu(model.one(IMAGES))
+        pooled = functional.max_pool2d(leaf, 3, 2, 1)
+        above = functional.relu(model.two(pooled))
+        seed = functional.one_hot(torch.tensor(TARGETS), 5).double() * 1.2 - 0.2
+        up = model.head.weight.clamp(min=0)
+        means = above.mean((2, 3))
+        divisor = means @ up.T
+        at_means = means * (torch.where(divisor == 0, 0.0, seed / divisor) @ up)
+        total = above.sum((2, 3), keepdim=True)
+        r = above * torch.where(total == 0, 0.0, at_means[:, :, None, None] / total)
+        w = model.two.weight.clamp(min=0)
+        z = functional.conv2d(pooled, w, 2 * model.two.bias, padding=1)
+        r = pooled * functional.conv_transpose2d(torch.where(z == 0, 0.0, r / z), w, padding=1)
+    want = torch.autograd.functional.vjp(lambda t: functional.max_pool2d(t, 3, 2, 1), leaf, r)[1]
+    torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-12)
 
 
 def test_relevance_cam_weights_are_mean_relevance_and_total_one_over_the_classes():
@@ -270,35 +320,6 @@ def test_rap_totals_are_the_logits():
         fastcam.attribute(signed.eval(), IMAGES, "rap", targets=TARGETS)
     joint = fastcam.attribute(signed.eval(), IMAGES, "rap", targets=TARGETS, mirror="joint", normalize=False)
     torch.testing.assert_close(joint.maps.sum((1, 2)), joint.scores[range(3), TARGETS].detach(), rtol=1e-7, atol=1e-9)
-
-
-def test_max_pool_shares():
-    class Pooled(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head = nn.Linear(3 * 16 * 16, 5, bias=False)
-
-        def forward(self, x):
-            return self.head(functional.max_pool2d(x, 2).flatten(1))
-
-    model = seeded(Pooled).double()
-    images = IMAGES.relu()
-    images[:, :, :2, :2] = 0  # a window of zeros
-    found = {
-        share: fastcam.attribute(
-            model, images, "lrp", composite="epsilon_plus", max_pool=share, targets=TARGETS, normalize=False,
-            return_relevance=True,
-        ).extra["relevance"]
-        for share in ("winner", "proportional", "ties")
-    }  # fmt: skip
-    totals = {share: functional.avg_pool2d(r, 2) * 4 for share, r in found.items()}
-    torch.testing.assert_close(totals["proportional"], totals["winner"], rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(totals["ties"], totals["winner"], rtol=1e-9, atol=1e-12)
-    windows = images.unfold(2, 2, 2).unfold(3, 2, 2).flatten(-2)
-    shares = torch.where(windows.sum(-1, keepdim=True) == 0, 0.25, windows / windows.sum(-1, keepdim=True))
-    want = shares * totals["winner"].unsqueeze(-1)
-    got = found["proportional"].unfold(2, 2, 2).unfold(3, 2, 2).flatten(-2)
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
 
 def test_guided_backprop_and_deconvnet_by_hand():
@@ -378,6 +399,12 @@ def test_a_step_without_a_rule_is_named_and_can_be_taught():
         ({"max_pool": "all"}, "max_pool"),
         ({"norms": "drop"}, "norms"),
         ({"composite": Composite(), "gamma": 0.5}, "gamma belongs"),
+        ({"composite": "epsilon_plus", "gamma": 0.5}, "'epsilon_plus' has no gamma; it was given gamma=0.5"),
+        ({"composite": "guided_backprop", "epsilon": 0.5}, "has no epsilon"),
+        ({"composite": "guided_backprop", "bias": "zero"}, "has no bias"),
+        ({"low": 0.0}, "has no low"),
+        ({"convention": "innvestigate"}, "convention must be"),
+        ({"convention": "captum", "composite": "epsilon_plus_flat"}, "none like Flat"),
     ],
 )
 def test_bad_options_are_named(options, error):
@@ -392,6 +419,12 @@ def test_bad_rules_in_a_composite_are_named():
         Composite(activation=ZPlus())
     with pytest.raises(TypeError, match="names must map"):
         Composite(names={"layer": "zplus"})
+
+
+def test_patterns_of_a_composite_must_match_the_network():
+    mine = Composite(names={"featurs.*": Gamma(0.1)})
+    with pytest.raises(ValueError, match=r"pattern 'featurs.\*' matches no module .* did you mean"):
+        fastcam.attribute(vgg_like(), IMAGES.float(), "lrp", composite=mine, targets=0)
 
 
 def test_nan_zero_and_empty():

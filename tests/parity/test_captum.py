@@ -224,3 +224,46 @@ def test_c5_a_module_used_twice_raises():
     assert delta.abs().max() < 1e-12
     with pytest.raises(RuntimeError):
         theirs(net, x, OTHER)
+
+
+@pytest.mark.parametrize("name", ["epsilon", "gamma", "zplus"])
+def test_lrp_under_its_convention(name):
+    """Signed inputs, biases, overlapping pools, a batch norm: its rules, stabiliser and seed."""
+    from captum.attr._utils import lrp_rules
+
+    from fastcam.relevance import Composite, Epsilon, Gamma, ZPlus
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.norm, self.act = nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()
+            self.pool, self.two, self.act2 = nn.MaxPool2d(3, 2, 1), nn.Conv2d(6, 8, 3), nn.Tanh()
+            self.mean, self.three = nn.AdaptiveAvgPool2d(2), nn.Conv2d(8, 8, 2)
+            self.head = nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.pool(self.act(self.norm(self.one(x))))
+            x = self.three(self.mean(self.act2(self.two(x))))
+            return self.head(torch.flatten(x, 1))
+
+    model = models.seeded(Net).double()
+    x = torch.randn(3, 3, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    theirs, ours = {
+        "epsilon": (lrp_rules.EpsilonRule, Epsilon()),
+        "gamma": (lrp_rules.GammaRule, Gamma(0.25)),
+        "zplus": (lrp_rules.Alpha1_Beta0_Rule, ZPlus()),
+    }[name]
+    twin = copy.deepcopy(model)
+    for module in twin.children():
+        if isinstance(module, nn.Conv2d):
+            module.rule = theirs()
+        elif not isinstance(module, (nn.ReLU, nn.Tanh)):
+            module.rule = lrp_rules.EpsilonRule()
+    want, delta = peer.LRP(twin).attribute(x, target=torch.tensor([0, 3, 1]), return_convergence_delta=True)
+    found = fastcam.attribute(
+        model, x, "lrp", convention="captum", composite=Composite(conv=ours), targets=[0, 3, 1], normalize=False,
+        return_relevance=True,
+    )  # fmt: skip
+    scale = float(want.detach().abs().max())
+    torch.testing.assert_close(found.extra["relevance"], want.detach(), rtol=0, atol=1e-10 * scale)
+    torch.testing.assert_close(found.delta.abs(), delta.detach().abs(), rtol=1e-8, atol=1e-8 * scale)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 import fastcam
-from fastcam.program.relevance import AlphaBeta, Epsilon, Flat, Gamma, Gradient, WSquare, ZBox, ZPlus
+from fastcam.program.relevance import AlphaBeta, Epsilon, Flat, Gamma, Gradient, Raised, WSquare, ZBox, ZPlus
 from fastcam.program.relevance.layer import Geometry, Layer, ModifiedWeights
 from fastcam.program.relevance.messages import Relevance
 
@@ -47,7 +49,11 @@ def geometry_of(module: nn.Module) -> Geometry:
     return Geometry(rank, transposed, stride, padding, dilation, module.groups, extra)
 
 
-def matrix(module: nn.Module, shape, change=lambda w: w) -> torch.Tensor:
+def _own(w: torch.Tensor) -> torch.Tensor:
+    return w
+
+
+def matrix(module: nn.Module, shape, change) -> torch.Tensor:
     """The layer without bias on one input, as (outputs, inputs): what it makes of every unit vector."""
     weights = {name: change(p) if name == "weight" else torch.zeros_like(p) for name, p in module.named_parameters()}
     units = torch.eye(torch.Size(shape[1:]).numel(), dtype=torch.float64).reshape(-1, *shape[1:])
@@ -59,9 +65,9 @@ def st(d: torch.Tensor, epsilon: float) -> torch.Tensor:
     return d + epsilon * torch.where(d >= 0, 1.0, -1.0).double()
 
 
-def expected(rule, module, x, r) -> torch.Tensor:
-    """R' of flat x (n, I) and R (n, O) by sums over all pairs of an input and an output."""
-    w = matrix(module, (1, *x.shape[1:]))
+def expected(rule, module, x, r, pairs) -> torch.Tensor:
+    """R' of flat x (n, I) and R (n, O) by sums over all `pairs` of an input and an output."""
+    w = pairs[_own]
     flat, given = x.flatten(1), r.flatten(1)
     bias = torch.zeros_like(given)
     if module.bias is not None and rule.bias:
@@ -79,6 +85,9 @@ def expected(rule, module, x, r) -> torch.Tensor:
 
     if isinstance(rule, Epsilon):
         found = shares(c, z)
+    elif isinstance(rule, Raised):
+        c = (rule.own * w + rule.positive * w.clamp(min=0)).unsqueeze(0) * flat.unsqueeze(1)
+        found = shares(c, c.sum(2) + bias)
     elif isinstance(rule, ZPlus):
         found = shares(up, p)
     elif isinstance(rule, AlphaBeta):
@@ -92,10 +101,10 @@ def expected(rule, module, x, r) -> torch.Tensor:
         parts = c - low * w.clamp(min=0) - high * w.clamp(max=0)
         found = shares(parts, parts.sum(2))
     elif isinstance(rule, WSquare):
-        squares = matrix(module, (1, *x.shape[1:]), torch.square).expand_as(c)
+        squares = pairs[torch.square].expand_as(c)
         found = shares(squares, squares.sum(2) + bias.square())
     elif isinstance(rule, Flat):
-        ones = matrix(module, (1, *x.shape[1:]), torch.ones_like).expand_as(c)
+        ones = pairs[torch.ones_like].expand_as(c)
         found = shares(ones, ones.sum(2))
     else:
         found = given @ w
@@ -110,6 +119,7 @@ RULES = {
     "alpha 2 beta 1": AlphaBeta(),
     "alpha 1 beta 0": AlphaBeta(alpha=1.0, beta=0.0),
     "gamma": Gamma(),
+    "captum's gamma": Raised(1.0, 0.5),
     "gamma 3, no bias": Gamma(gamma=3.0, bias=False),
     "zbox": ZBox(low=-2.0, high=3.0),
     "zbox, minmax": ZBox(),
@@ -120,19 +130,20 @@ RULES = {
 
 
 @pytest.mark.parametrize("signed", [False, True], ids=["x >= 0", "signed x"])
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("layer", LAYERS)
-def test_rule_is_its_sum_over_pairs(layer, rule, signed):
+def test_rules_are_their_sums_over_pairs(layer, signed):
     build, shape = LAYERS[layer]
     torch.manual_seed(3)
     module = build().double()
     x = torch.randn(shape, dtype=torch.float64)
     x = x if signed else x.relu()
-    z = module(x).detach()
-    r = torch.randn_like(z)
-    found = sent(RULES[rule], module, x, r, signed)
-    want = expected(RULES[rule], module, x, r)
-    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-10 * float(want.abs().max()))
+    r = torch.randn_like(module(x).detach())
+    pairs = {change: matrix(module, (1, *shape[1:]), change) for change in (_own, torch.square, torch.ones_like)}
+    for name, rule in RULES.items():
+        found = sent(rule, module, x, r, signed)
+        want = expected(rule, module, x, r, pairs)
+        error = float((found - want).abs().max() / want.abs().max())
+        assert error < 1e-10, f"{name}: {error:.2g}"
 
 
 def sent(rule, module, x, r, signed, output=None) -> torch.Tensor:
@@ -277,3 +288,102 @@ def test_a_registered_rule_comes_before_every_other(method, monkeypatch):
         fastcam.attribute(odd, images, "lrp")
     fastcam.register_relevance_rule("aten::conv2d", "gradient")
     assert fastcam.attribute(odd, images, method, targets=0).maps.isfinite().all()
+
+
+POOLS = {
+    "max_pool1d": (7,),
+    "max_pool2d": (7, 8),
+    "max_pool3d": (4, 5, 3),
+}
+WINDOWS = [
+    {"kernel_size": 3, "stride": 2, "padding": 1},
+    {"kernel_size": 2, "stride": 2, "ceil_mode": True},
+    {"kernel_size": 2, "stride": 1, "dilation": 2},
+]
+
+
+@pytest.mark.parametrize("options", WINDOWS, ids=str)
+@pytest.mark.parametrize("name", POOLS)
+def test_max_pools_share_as_written(name, options):
+    """Window by window, in plain Python: the winner, proportional to max(x, 0), equal parts among the maxima."""
+    size = POOLS[name]
+
+    class Pooled(nn.Module):
+        def forward(self, x):
+            return getattr(functional, name)(x, **options).flatten(1)
+
+    x = torch.randint(-2, 4, (1, 2, *size), generator=torch.Generator().manual_seed(1)).double()
+    z = getattr(functional, name)(x, **options)
+    r = torch.randn(z.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    want = {share: torch.zeros_like(x) for share in ("winner", "proportional", "ties")}
+    kernel, stride = options["kernel_size"], options["stride"]
+    padding, dilation = options.get("padding", 0), options.get("dilation", 1)
+    for channel in range(2):
+        for at in itertools.product(*map(range, z.shape[2:])):
+            reach = [[a * stride - padding + k * dilation for k in range(kernel)] for a in at]
+            places = [(0, channel, *p) for p in itertools.product(*reach)]
+            places = [p for p in places if all(0 <= i < n for i, n in zip(p[2:], size, strict=True))]
+            values = [float(x[p]) for p in places]
+            one = float(r[(0, channel, *at)])
+            want["winner"][places[values.index(max(values))]] += one
+            positive = [max(v, 0.0) for v in values]
+            positive = positive if sum(positive) else [1.0] * len(values)
+            for place, value, share in zip(places, values, positive, strict=True):
+                want["proportional"][place] += one * share / sum(positive)
+                want["ties"][place] += one * (value == max(values)) / values.count(max(values))
+    for share, expect in want.items():
+        found = fastcam.attribute(
+            Pooled(), x, "lrp", composite="epsilon_plus", seed=r.flatten(1), max_pool=share, normalize=False,
+            return_relevance=True,
+        )  # fmt: skip
+        torch.testing.assert_close(found.extra["relevance"], expect, rtol=1e-12, atol=1e-12)
+
+
+class Selecting(nn.Module):
+    """A linear layer on what `select` makes of the image."""
+
+    def __init__(self, select):
+        super().__init__()
+        self.select, self.head = select, nn.Linear(12, 3, bias=False)
+
+    def forward(self, x):
+        return self.head(self.select(x).flatten(1))
+
+
+SELECTIONS = {
+    "neg": lambda x: -x,
+    "maximum": lambda x: torch.maximum(x, 0.5 * x),
+    "minimum": lambda x: torch.minimum(x[:, :1], x[:, 1:]),
+    "where": lambda x: torch.where(x > 0, x, 2 * x),
+}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_selections_and_signs_hand_relevance_to_what_they_took(name):
+    select = SELECTIONS[name]
+    torch.manual_seed(0)
+    x = torch.randn(2, 2 if name == "minimum" else 1, 3, 4, dtype=torch.float64)
+    model = Selecting(select).double().eval()
+    found = fastcam.attribute(
+        model, x, "lrp", composite="epsilon_plus", epsilon=0.0, targets=[0, 2], normalize=False, return_relevance=True
+    ).extra["relevance"]
+    z = select(x).detach()
+    products = z.flatten(1) * model.head.weight.detach()[[0, 2]]
+    above = (products / products.sum(1, keepdim=True)).reshape(z.shape)
+    first = (x[:, :1] <= x[:, 1:]).double() if name == "minimum" else None
+    want = above if first is None else torch.cat([above * first, above * (1 - first)], 1)
+    torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("operator", ["exp", "pow"])
+def test_functions_without_a_share_to_give_are_refused_with_the_cure(operator):
+    def select(x):
+        return x.exp() if operator == "exp" else x**3
+
+    model = Selecting(select).eval()
+    with pytest.raises(fastcam.UnsupportedOpError) as caught:
+        fastcam.attribute(model, torch.rand(1, 1, 3, 4), "lrp", targets=0)
+    text = str(caught.value)
+    assert f"aten::{operator}" in text
+    assert "test_relevance_rules.py" in text  # the line of the user's code
+    assert f'fastcam.register_relevance_rule("aten::{operator}", "pass")' in text

@@ -1,6 +1,6 @@
 """The relevance engine: rules, composites, and the walk back through a program."""
 
-from .composites import COMPOSITES, Composite, named
+from .composites import COMPOSITES, Composite, as_captum, named
 from .rules import (
     AlphaBeta,
     Epsilon,
@@ -10,6 +10,7 @@ from .rules import (
     MaxPool,
     Norm,
     Pass,
+    Raised,
     Rap,
     Rectified,
     Rule,
@@ -33,6 +34,7 @@ __all__ = [
     "Norm",
     "Pass",
     "Passed",
+    "Raised",
     "Rap",
     "Rectified",
     "RelevanceWalk",
@@ -41,6 +43,7 @@ __all__ = [
     "Weighted",
     "ZBox",
     "ZPlus",
+    "as_captum",
     "known",
     "named",
     "register_relevance_rule",

@@ -19,6 +19,7 @@ from .rules import (
     MaxPool,
     Norm,
     Pass,
+    Raised,
     Rectified,
     Rule,
     Weighted,
@@ -27,7 +28,7 @@ from .rules import (
 )
 from .walk import RelevanceWalk, Way, general_way, weighted_way
 
-__all__ = ["COMPOSITES", "Composite", "named"]
+__all__ = ["COMPOSITES", "Composite", "as_captum", "named"]
 
 _ALLOWED: dict[str, tuple[type[Rule], ...]] = {
     "activation": (Pass, Gradient, Rectified),
@@ -77,6 +78,15 @@ class Composite:
         for pattern, rule in self.names.items():
             if not isinstance(pattern, str) or not isinstance(rule, Rule):
                 raise TypeError(f"names must map patterns of module names to rules; got {pattern!r}: {rule!r}")
+
+    def check(self, walk: RelevanceWalk) -> None:
+        """As `walk.Composer`: every pattern of `names` must match a step of the network."""
+        modules = {node.module for node in walk.program.nodes}
+        for pattern in self.names:
+            if not any(fnmatch.fnmatchcase(module, pattern) for module in modules):
+                close = difflib.get_close_matches(pattern, modules, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"the composite's pattern {pattern!r} matches no module that takes a step{hint}")
 
     def weighted(self, kind: str, module: str, first: bool) -> Weighted:
         """The rule of a convolution ("conv") or linear layer ("linear") inside `module`."""
@@ -175,4 +185,40 @@ def named(name: str, **options: Any) -> Composite:
         close = difflib.get_close_matches(str(name), COMPOSITES, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"there is no composite {name!r}; {hint}composites: {', '.join(COMPOSITES)}")
-    return COMPOSITES[name](**options)
+    found = COMPOSITES[name](**options)
+    rules = [rule for rule in (found.conv, found.linear, found.first) if not isinstance(rule, (Gradient, type(None)))]
+    usual = {"bias": True}
+    for option, value in options.items():
+        read = any(option in rule.__dataclass_fields__ for rule in rules)
+        if not read and value is not None and value != usual.get(option):
+            raise ValueError(f"composite {name!r} has no {option}; it was given {option}={value!r}")
+    return found
+
+
+def as_captum(composite: Composite, epsilon: float = 1e-9) -> Composite:
+    """The composite as Captum computes it, with one stabiliser for all steps.
+
+    Raw biases, signs of inputs not told apart, and the epsilon rule at pools, sums and norms; a maximum of 0 passes
+    nothing on. ValueError for a rule Captum does not have.
+    """
+
+    def translated(rule: Rule) -> Rule:
+        if isinstance(rule, Epsilon):
+            return Epsilon(epsilon, bias=rule.bias)
+        if isinstance(rule, Gamma):
+            return Raised(1.0, rule.gamma, bias=rule.bias, epsilon=epsilon)
+        if isinstance(rule, ZPlus) or (isinstance(rule, AlphaBeta) and rule.beta == 0):
+            return Raised(0.0, 1.0, bias=rule.bias, epsilon=epsilon)
+        raise ValueError(
+            f"convention='captum' has the rules Epsilon, Gamma and ZPlus (its alpha1-beta0), and none like {rule!r}; "
+            "use convention='zennit'"
+        )
+
+    found: dict[str, Any] = {
+        "conv": translated(composite.conv),
+        "linear": translated(composite.linear),
+        "first": None if composite.first is None else translated(composite.first),
+        "names": {pattern: translated(rule) for pattern, rule in composite.names.items()},
+        "max_pool": replace(composite.max_pool, epsilon=epsilon),
+    }
+    return replace(composite, add=Norm(epsilon), pool=Norm(epsilon), norm=Epsilon(epsilon), **found)

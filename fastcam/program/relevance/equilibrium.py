@@ -13,11 +13,10 @@ from fastcam import ops
 
 from ..capture import Program
 from ..nodes import Node, Ref, op_name
-from ..rescale import UnsupportedOpError
 from ..transpose import transpose
 from . import steps
 from .layer import Geometry, ModifiedWeights, is_weighted, weight_and_bias
-from .messages import Relevance
+from .messages import NoRule, Relevance
 from .rules import Pass, ZBox
 from .steps import Given, StepView
 from .walk import RelevanceWalk, Way, general_way, geometry_in, unsupported, weighted_way
@@ -44,6 +43,14 @@ class Equilibrium:
     concat: Literal["release", "slice"] = "release"
     pointwise: Literal["height", "all"] = "height"
     threshold: float = 0.0
+
+    def check(self, walk: RelevanceWalk) -> None:
+        """As `walk.Composer`: without a convolution below its start there is nothing to balance."""
+        if not any(is_weighted(node) for node in walk.nodes):
+            raise ValueError(
+                "attribution_equilibrium balances relevance at the convolutions below its start, and there is none "
+                "below this layer; pass a later one as layer="
+            )
 
     def way(self, walk: RelevanceWalk, node: Node, active: frozenset[int]) -> Way:
         """As `walk.Composer`."""
@@ -79,7 +86,7 @@ class Equilibrium:
         def take(step: StepView, given: list[Any]) -> Given:
             found = weight_and_bias(node, step.get)
             if found is None:
-                raise UnsupportedOpError("its weight is no matrix")
+                raise NoRule("its weight is no matrix")
             x, weight = step.get(source.index), walk.weights.get(found[0], "magnitude", torch.abs)
             pointwise = self._is_pointwise(geometry, weight)
             ratio = 1.0 if pointwise else self.ratio

@@ -250,6 +250,10 @@ class Layer:
             self.weight, key, lambda w: positive * self.split("positive") + negative * self.split("negative")
         )
 
+    def raised(self, own: float, positive: float) -> Tensor:
+        """own W + positive max(W, 0), for the inputs as they are."""
+        return self._cache.get(self.weight, ("raised", own, positive), lambda w: own * w + positive * w.clamp(min=0))
+
     def both(self, u: tuple[float, float], v: tuple[float, float]) -> Tensor:
         """One weight above the other: one transpose takes a message for each. For one group only."""
         dim = 1 if self.geometry.transposed else 0

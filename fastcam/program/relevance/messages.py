@@ -9,7 +9,11 @@ from torch import Tensor
 
 from fastcam import ops
 
-__all__ = ["Relevance", "add", "divided"]
+__all__ = ["NoRule", "Relevance", "add", "divided"]
+
+
+class NoRule(Exception):
+    """A rule finds that it does not fit the step it is given; the walk makes an error of it that names the step."""
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from .layer import Layer
 from .messages import Relevance, divided
 
 __all__ = [
-    "AlphaBeta", "Epsilon", "Flat", "Gamma", "Gradient", "MaxPool", "Norm", "Pass", "Rap", "Rectified", "Rule",
-    "WSquare", "Weighted", "ZBox", "ZPlus",
+    "AlphaBeta", "Epsilon", "Flat", "Gamma", "Gradient", "MaxPool", "Norm", "Pass", "Raised", "Rap", "Rectified",
+    "Rule", "WSquare", "Weighted", "ZBox", "ZPlus",
 ]  # fmt: skip
 
 #: How much of W+ and of W- a message goes through.
@@ -90,6 +90,25 @@ class ZPlus(Weighted):
     def send(self, layer: Layer, prepared: Tensor, relevance: Relevance) -> Relevance:
         message = divided(relevance, prepared, self.epsilon)
         return Relevance(*layer.merged(layer.back(message, layer.split("positive"), layer.parts.shape)))
+
+
+@dataclass(frozen=True)
+class Raised(Weighted):
+    """R' = x t(R / st(c(x, V) + b), V) with V = own W + positive W+, whatever the signs of x and b: the gamma rule
+    (own 1, positive gamma) and the alpha1-beta0 rule (0, 1) as Captum has them. One forward, one transpose."""
+
+    own: float = 1.0
+    positive: float = 0.25
+
+    def weight(self, layer: Layer) -> Tensor:
+        return layer.raised(self.own, self.positive)
+
+    def prepare(self, layer: Layer) -> Tensor:
+        return layer.forward(layer.inputs, self.weight(layer), layer.bias if self.bias else None)
+
+    def send(self, layer: Layer, prepared: Tensor, relevance: Relevance) -> Relevance:
+        message = divided(relevance, prepared, self.epsilon)
+        return Relevance(layer.back(message, self.weight(layer)), layer.inputs)
 
 
 @dataclass(frozen=True)
@@ -344,9 +363,12 @@ class MaxPool(Rule):
     "winner"        to its maximum, the first of several
     "proportional"  in proportion to max(x, 0), to all alike where that is 0
     "ties"          to its maxima in equal parts
+
+    epsilon  None, or the maximum z lets only z / st(z) of it through: nothing where it is 0
     """
 
     share: Literal["winner", "proportional", "ties"] = "winner"
+    epsilon: float | None = None
 
     def __post_init__(self) -> None:
         if self.share not in ("winner", "proportional", "ties"):

@@ -6,18 +6,20 @@ the relevance of what the step reads.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from fastcam import ops
 
 from ..nodes import Node, Ref, map_refs, op_name
 from ..transpose import transpose
-from .messages import Relevance
+from .messages import NoRule, Relevance
 from .rules import Epsilon, Gradient, MaxPool, Norm, Pass, Rectified, Rule
 
 __all__ = [
@@ -47,7 +49,7 @@ class StepView:
     active  indices of the values it reads that follow from where the walk ends
     get     everything it reads, by index
     shapes  of the active values
-    passed  the whole pass, for rules that walk a part of it themselves
+    passed  the whole pass (`walk.Passed`), for rules that walk a part of it themselves
     """
 
     node: Node
@@ -102,19 +104,20 @@ def max_pool(step: StepView, rule: Rule, given: list[Any]) -> Given:
     share = rule.share if isinstance(rule, MaxPool) else "winner"
     x = step.get(step.source)
     given = [one[0] if isinstance(one, dict) else one.tensor() for one in given]
+    if isinstance(rule, MaxPool) and rule.epsilon is not None:
+        result = step.run(step.get)
+        result = result[0] if isinstance(result, (tuple, list)) else result
+        given = [_share(r, result, rule.epsilon) * result for r in given]
     if share == "winner":
         return {step.source: [Relevance(r) for r in pulled_back(step, x, given)]}
-    sizes, options = _window(step.node, x)
-    if len(sizes) != 2:
-        raise NotImplementedError(f"max_pool={share!r} is there for two dimensions; use 'winner'")
-    return {step.source: [Relevance(_shared(x, r, sizes, options, share)) for r in given]}
+    return {step.source: [Relevance(_shared(x, r, _window(step.node, x), share)) for r in given]}
 
 
-def _window(node: Node, x: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
-    name = op_name(node.target)
-    if not name.startswith("max_pool"):
-        raise NotImplementedError("only max_pool has windows to share among; use max_pool='winner'")
-    rank = x.ndim - 2
+def _window(node: Node, x: Tensor) -> list[tuple[int, int, int, int]]:
+    """For each spatial dimension: kernel, stride, padding, dilation."""
+    if not op_name(node.target).startswith("max_pool"):
+        raise NoRule("only max_pool has windows to share among; use max_pool='winner'")
+    rank = int(op_name(node.target)[len("max_pool")])
 
     def each(position: int, default: Any) -> tuple[int, ...]:
         value = node.args[position] if len(node.args) > position else default
@@ -123,28 +126,45 @@ def _window(node: Node, x: Tensor) -> tuple[tuple[int, ...], dict[str, Any]]:
         return tuple(values * rank if len(values) == 1 else values)
 
     kernel = each(1, 1)
-    return kernel, {"stride": each(2, kernel), "padding": each(3, 0), "dilation": each(4, 1)}
+    return list(zip(kernel, each(2, kernel), each(3, 0), each(4, 1), strict=True))
 
 
-def _shared(x: Tensor, r: Tensor, kernel: tuple[int, ...], options: dict[str, Any], share: str) -> Tensor:
-    """Relevance of two-dimensional windows, in proportion to max(x, 0) or among the maxima."""
-    fold, unfold = torch.nn.functional.fold, torch.nn.functional.unfold
-    b, c, *size = x.shape
-    images = x.reshape(b * c, 1, *size)
-    inside = unfold(torch.ones_like(images[:1]), kernel, **options) > 0  # padding is none of the window's own
-    values = unfold(images, kernel, **options)
-    # unfold makes no window that reaches beyond the last row or column (ceil_mode).
-    columns = r.reshape(b * c, 1, -1)
-    if columns.shape[-1] != values.shape[-1]:
-        raise NotImplementedError("ceil_mode windows have no rule but max_pool='winner'")
+def _shared(x: Tensor, r: Tensor, window: list[tuple[int, int, int, int]], share: str) -> Tensor:
+    """Relevance of the windows in proportion to max(x, 0), or among the maxima in equal parts.
+
+    One view of x, padded also behind its end (ceil_mode), for each element of a window, as long as the result.
+    """
+    counts, rank = r.shape[-len(window) :], len(window)
+    pads: list[int] = []
+    for size, count, (kernel, stride, padding, dilation) in zip(x.shape[-rank:], counts, window, strict=True):
+        behind = (count - 1) * stride + dilation * (kernel - 1) + 1 - size - padding
+        pads = [padding, max(0, behind), *pads]
+
+    def elements(padded: Tensor) -> list[Tensor]:
+        starts = itertools.product(*(range(0, kernel * dilation, dilation) for kernel, _, _, dilation in window))
+        strides = [stride for _, stride, _, _ in window]
+        reach = [(count - 1) * stride + 1 for count, stride in zip(counts, strides, strict=True)]
+        found = []
+        for start in starts:
+            place = (..., *(slice(a, a + n, s) for a, n, s in zip(start, reach, strides, strict=True)))
+            found.append(padded[place])
+        return found
+
+    values = elements(functional.pad(x, pads, value=-torch.inf))
     if share == "proportional":
-        weights = values.clamp(min=0)
-        weights = torch.where(weights.sum(1, keepdim=True) == 0, inside.to(x.dtype), weights)
+        own = elements(functional.pad(torch.ones_like(x[:1]), pads))
+        weights = [value.clamp(min=0) for value in values]
+        empty = torch.stack(weights).sum(0) == 0
+        weights = [torch.where(empty, one, weight) for one, weight in zip(own, weights, strict=True)]
     else:
-        values = values.masked_fill(~inside, -torch.inf)
-        weights = (values == values.amax(1, keepdim=True)).to(x.dtype)
-    shares = columns * weights / weights.sum(1, keepdim=True)
-    return fold(shares, tuple(size), kernel, **options).reshape(x.shape)
+        top = torch.stack(values).amax(0)
+        weights = [(value == top).to(x.dtype) for value in values]
+    message = r / torch.stack(weights).sum(0)
+    found = functional.pad(torch.zeros_like(x), pads)
+    for element, weight in zip(elements(found), weights, strict=True):
+        element += message * weight
+    place = (..., *(slice(w[2], w[2] + n) for w, n in zip(window, x.shape[-rank:], strict=True)))
+    return found[place]
 
 
 def summed(step: StepView, rule: Rule, given: list[Any]) -> Given:

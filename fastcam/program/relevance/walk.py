@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from ..nodes import ACTIVATIONS, LEAVES, Node, Ref, op_name
 from ..rescale import UnsupportedOpError
 from . import steps
 from .layer import Geometry, Layer, ModifiedWeights, is_weighted, weight_and_bias
-from .messages import Relevance, add
+from .messages import NoRule, Relevance, add
 from .rules import Epsilon, Gradient, Pass, Rule, Weighted
 from .steps import Given, StepView
 
@@ -24,6 +24,9 @@ __all__ = ["Composer", "Passed", "RelevanceWalk", "Way", "known", "nonnegative",
 
 class Composer(Protocol):
     """What chooses rules: a `Composite`, or a method's own."""
+
+    def check(self, walk: RelevanceWalk) -> None:
+        """Raise ValueError where the rules do not fit the network as a whole."""
 
     def way(self, walk: RelevanceWalk, node: Node, active: frozenset[int]) -> Way:
         """How relevance passes `node`."""
@@ -49,10 +52,13 @@ class Passed:
 
     values  by index: what was kept, the weights, the sizes
     shapes  shapes of the tensors computed
+    taps    values whose relevance is wanted too, and `tapped`, where it is put, for each target
     """
 
     values: dict[int, Any]
     shapes: dict[int, torch.Size]
+    taps: frozenset[int] = frozenset()
+    tapped: dict[int, list[Tensor]] = field(default_factory=dict)
 
 
 #: Steps that only move values, or add them up with equal weights and no share to give.
@@ -64,6 +70,8 @@ unfold gather copy masked_fill
 _MOVES = frozenset(_MOVE_NAMES.split())
 _DROPPED_OUT = frozenset(["dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"])
 _AVERAGES = frozenset(["mean", "sum"])
+#: Each element is that of one of the operands, which its derivative says; of equal ones half each.
+_SELECTIONS = frozenset(["maximum", "minimum", "where"])
 _NORM_NAMES = """
 batch_norm _native_batch_norm_legit_no_training layer_norm native_layer_norm group_norm native_group_norm
 instance_norm rms_norm
@@ -141,6 +149,7 @@ class RelevanceWalk:
         self.nonnegative = nonnegative(program)
         self.weights = ModifiedWeights()
         self._sizes = sizes
+        composer.check(self)
         made = {node.index for node in nodes}
         self._steps: list[tuple[Node, frozenset[int], Way]] = []
         keep = {stop} | {node.index for node in nodes if node.kind == "size"}
@@ -181,30 +190,29 @@ class RelevanceWalk:
         seeds  index of a value -> its relevance, for each target
         """
         found: dict[int, list[Any]] = {ref: [Relevance(one) for one in many] for ref, many in seeds.items()}
-        tapped: dict[int, list[Tensor]] = {}
-        self.propagate(passed, self._steps, found, tapped, taps)
+        passed.taps = taps
+        self.propagate(passed, self._steps, found)
         if self.stop not in found:
             raise RuntimeError("no relevance reaches the layer: the score does not depend on it")
         result = [one.tensor() for one in found.pop(self.stop)]
         if self.stop in taps:
-            tapped[self.stop] = result
-        return result, tapped
+            passed.tapped[self.stop] = result
+        return result, passed.tapped
 
     def propagate(
-        self, passed: Passed, part: Sequence[tuple[Node, frozenset[int], Way]], found: dict[int, list[Any]],
-        tapped: dict[int, list[Tensor]] | None = None, taps: frozenset[int] = frozenset(),
-    ) -> None:  # fmt: skip
+        self, passed: Passed, part: Sequence[tuple[Node, frozenset[int], Way]], found: dict[int, list[Any]]
+    ) -> None:
         """Walk back through some steps; `found` holds relevance by index, and in the end what lies before them."""
         for node, active, way in reversed(part):
             given = found.pop(node.index, None)
             if given is not None:
-                if node.index in taps and tapped is not None:
-                    tapped[node.index] = [one.tensor() for one in given]
-                    given = [Relevance(one) for one in tapped[node.index]]
+                if node.index in passed.taps:
+                    passed.tapped[node.index] = [one.tensor() for one in given]
+                    given = [Relevance(one) for one in passed.tapped[node.index]]
                 step = StepView(node, active, passed.values.__getitem__, passed.shapes, passed)
                 try:
                     pieces = way.take(step, given)
-                except NotImplementedError as error:
+                except NoRule as error:
                     raise unsupported(node, str(error)) from error
                 except Exception as error:
                     raise RuntimeError(f"{type(error).__name__}: {error}\nin the relevance rule of {node}") from error
@@ -293,7 +301,7 @@ def weighted_way(walk: RelevanceWalk, node: Node, active: frozenset[int], rule: 
     def take(step: StepView, given: list[Any]) -> Given:
         weight, bias, _ = weight_and_bias(node, step.get) or (None, None, 0)
         if weight is None:
-            raise NotImplementedError("its weight is no matrix")
+            raise NoRule("its weight is no matrix")
         x = step.get(source.index)
         output = step.get(node.index) if rule.needs_output else None
         layer = Layer(geometry, x, output, weight, bias, signed, walk.weights)
@@ -310,7 +318,7 @@ def general_way(node: Node, active: frozenset[int], rules: Mapping[str, Rule]) -
     def bound(function: Callable[[StepView, Rule, list[Any]], Given], rule: Rule, inputs: bool = True) -> Way:
         return Way(lambda step, given: function(step, rule, given), inputs)
 
-    if name in _DROPPED_OUT or name in ("detach", "alias", "clone", "contiguous"):
+    if name in _DROPPED_OUT or name in ("detach", "alias", "clone", "contiguous", "neg"):
         return bound(steps.passed, Pass(), inputs=False)
     if node.kind in ("reshape", "cat", "pad") or name in _MOVES:
         return bound(steps.moved, Pass(), inputs=False)
@@ -328,6 +336,8 @@ def general_way(node: Node, active: frozenset[int], rules: Mapping[str, Rule]) -
     if name in ("mul", "div") and not node.kwargs:
         rule = rules["product"]
         return bound(steps.product, rule, inputs=isinstance(rule, Gradient))
+    if name in _SELECTIONS:
+        return bound(steps.derivative, Gradient())
     if name in _NORMS:
         rule = rules["norm"]
         if name == "batch_norm" and node.args[5] is not False:
