@@ -47,7 +47,7 @@ class Branching(Small):
 #: Methods that explain pixels unless a layer is named, and methods that cannot do with a forward hook.
 OF_ANY_NETWORK = [name for name, facts in fastcam.methods().items() if facts["explains"] == "images"]
 PIXELS = {"deep_lift", "full_grad", "lrp", "clrp", "sglrp", "rap", "guided_backprop", "deconvnet"}
-PIXELS |= {"attribution_equilibrium"}
+PIXELS |= {"attribution_equilibrium", "rsp"}
 NEED_CAPTURE = {"lift_cam", "a_fmi", "relevance_cam"} | PIXELS
 
 

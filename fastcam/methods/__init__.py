@@ -24,6 +24,7 @@ from . import (
     lrp,
     rap,
     relevance_cam,
+    rsp,
     score_cam,
     sfam,
     shap_cam,
@@ -63,6 +64,7 @@ _METHODS: dict[str, Method | PairMethod] = {
         contrastive_lrp.CLRP,
         contrastive_lrp.SGLRP,
         rap.METHOD,
+        rsp.METHOD,
         lrp.GUIDED_BACKPROP,
         lrp.DECONVNET,
     )

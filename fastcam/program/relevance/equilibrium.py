@@ -21,7 +21,7 @@ from .rules import Pass, ZBox
 from .steps import Given, StepView
 from .walk import RelevanceWalk, Way, general_way, geometry_in, unsupported, weighted_way
 
-__all__ = ["Equilibrium", "start_layer"]
+__all__ = ["Equilibrium", "shares", "start_layer", "winner"]
 
 #: Bytes of three maps of a portion: what the system's allocator keeps and hands out again without fresh pages.
 _PORTION = 24 << 20
@@ -64,9 +64,9 @@ class Equilibrium:
         if node.kind == "cat":
             return self._concat(walk, node, active)
         if name.startswith(("max_pool", "adaptive_max_pool")):
-            return Way(_winner)
+            return Way(winner)
         if node.kind in ("pool", "resize") or name in ("mean", "sum"):
-            return Way(_shares)
+            return Way(shares)
         if name == "batch_norm":
             if node.args[5] is not False:
                 raise unsupported(node, "a norm by the batch's own statistics")
@@ -201,14 +201,14 @@ def _stack(x: Tensor, count: int) -> Tensor:
     return stacked.permute(0, *(order.index(d) + 1 for d in range(1, x.ndim)))
 
 
-def _winner(step: StepView, given: list[Any]) -> Given:
+def winner(step: StepView, given: list[Any]) -> Given:
     """All of a window's relevance to its greatest max(x, 0), the first of several."""
     tensors = [one[0] if isinstance(one, dict) else one.tensor() for one in given]
     found = steps.pulled_back(step, step.get(step.source).clamp(min=0), tensors)
     return {step.source: [Relevance(one) for one in found]}
 
 
-def _shares(step: StepView, given: list[Any]) -> Given:
+def shares(step: StepView, given: list[Any]) -> Given:
     """Average pools and resizing: by max(x, 0) times the pool's weight, by the weight alone where all are 0."""
     x = step.get(step.source).clamp(min=0)
 
