@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import pickle
+import warnings
 import weakref
 
 import pytest
@@ -465,16 +466,54 @@ def test_channels_last_bf16_and_half(method):
     assert similarity(own.maps) > 0.999  # its weights are rounded
 
 
-def test_the_model_is_left_as_it_was():
-    model = vgg_like()
+@pytest.mark.parametrize("method", ["lrp", "attribution_equilibrium"])
+def test_a_model_in_train_mode_is_explained_as_in_evaluation_and_left_as_it_was(method):
+    model = residual()
+    assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+    want = fastcam.attribute(model, IMAGES.float(), method, targets=0).maps
     model.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.warns(UserWarning, match="train mode"):
-        fastcam.attribute(model, IMAGES.float(), "lrp", targets=0)
+        found = fastcam.attribute(model, IMAGES.float(), method, targets=0).maps
+    assert torch.equal(found, want)
     assert model.training
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+
+
+def test_norms_by_the_batchs_statistics_are_refused():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, track_running_stats=False), nn.ReLU(), nn.Conv2d(4, 5, 3))
+    net = nn.Sequential(*net, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    with pytest.raises(fastcam.UnsupportedOpError, match="batch's own statistics"):
+        fastcam.attribute(net, IMAGES.float(), "lrp", targets=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("value", [0.25, 0.0])
+def test_grey_images(value, dtype):
+    """The box rule between the least and greatest value of an image has nothing to give; other rules have."""
+    model = vgg_like().to(dtype)
+    grey = torch.full((2, 3, 32, 32), value, dtype=dtype)
+    for method in ("rap", "clrp", "sglrp"):
+        assert fastcam.attribute(model, grey, method, targets=0).maps.count_nonzero() == 0
+    box = {"composite": "epsilon_gamma_box", "low": "minmax", "high": "minmax"}
+    assert fastcam.attribute(model, grey, "lrp", targets=0, **box).maps.count_nonzero() == 0
+    for composite in ("epsilon_plus", "epsilon_plus_flat", "epsilon_alpha2_beta1"):
+        assert fastcam.attribute(model, grey, "lrp", targets=0, composite=composite).maps.isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["lrp", "relevance_cam", "clrp", "sglrp", "rap", "attribution_equilibrium"])
+def test_divisors_of_zero_everywhere(method):
+    """No weight, no bias: every divisor is 0, and every map 0 rather than NaN."""
+    model = vgg_like()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of a gradient that is zero
+        found = fastcam.attribute(model, IMAGES.float(), method, targets=TARGETS)
+    assert found.maps.count_nonzero() == 0
 
 
 @pytest.mark.parametrize("method", ["lrp", "attribution_equilibrium", "rap", "guided_backprop"])
