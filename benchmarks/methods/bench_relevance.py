@@ -2,7 +2,7 @@
 
     python -P benchmarks/methods/bench_relevance.py [--rounds 7]
 
-or in parts, which end up in one file: --only resnet50, --only vgg16, --only peak.
+or in parts, which end up in one file: --only "resnet50 lrp", "vgg16 sums", ..., "peak resnet50", "peak vgg16".
 
 Random weights, batch 8, 224 x 224, float32. F is the model's own forward under `inference_mode`, of the same network.
 Zennit runs with its canonizers, batch norms merged once before the clock starts. Correctness first: every map against
@@ -11,7 +11,6 @@ the same method with the ops' PyTorch references, and composites against Zennit'
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,24 +27,24 @@ from fastcam._testing.models import torchvision_models
 
 BATCH, SIDE = 8, 224
 #: Methods that are measured together, taking turns with the forward pass: rows and options.
-GROUPS: tuple[dict[str, dict[str, Any]], ...] = (
-    {
+GROUPS: dict[str, dict[str, dict[str, Any]]] = {
+    "lrp": {
         "lrp epsilon_plus": {"method": "lrp", "composite": "epsilon_plus"},
         "lrp epsilon_plus_flat": {"method": "lrp", "composite": "epsilon_plus_flat"},
         "lrp epsilon_alpha2_beta1": {"method": "lrp", "composite": "epsilon_alpha2_beta1"},
     },
-    {
+    "sums": {
         "attribution_equilibrium": {"method": "attribution_equilibrium"},
         "relevance_cam": {"method": "relevance_cam"},
         "rap": {"method": "rap"},
     },
-    {
+    "contrasts": {
         "clrp": {"method": "clrp"},
         "sglrp": {"method": "sglrp"},
         "guided_backprop": {"method": "guided_backprop"},
     },
-)
-METHODS = {row: options for group in GROUPS for row, options in group.items()}
+}
+METHODS = {row: options for group in GROUPS.values() for row, options in group.items()}
 MEMORY = ("lrp epsilon_plus", "lrp epsilon_alpha2_beta1", "attribution_equilibrium", "rap")
 #: The layer that relevance_cam stops at: ResNet's third stage, VGG's fourth block.
 LAYERS = {"resnet50": "layer3", "vgg16": "features.22"}
@@ -146,20 +145,18 @@ def peak_mib(name: str, what: str) -> float:
 
 def main() -> None:
     options = harness.arguments((__doc__ or "").splitlines()[0]).parse_args()
-    if options.only not in ("", "peak", *LAYERS):
-        raise SystemExit(f"--only names a part: {', '.join(LAYERS)} or peak; got {options.only!r}")
     torch.set_num_threads(options.threads)
     rows: dict[str, dict[str, Any]] = {}
     for name in LAYERS:
-        if options.only in ("", name):
-            for group in GROUPS:
+        for label, group in GROUPS.items():
+            if options.only in f"{name} {label}":
                 rows |= {entry["name"]: entry for entry in measure(name, group, options) if entry["name"] not in rows}
     more: dict[str, Any] = {}
-    if options.only in ("", "peak"):
-        for name in LAYERS:
-            for what in ("autograd", *MEMORY):
+    for name in LAYERS:
+        for what in ("autograd", *MEMORY):
+            if options.only in f"peak {name} {what}":
                 more[f"peak_mib {name} {what}"] = round(peak_mib(name, what), 1)
-        print(json.dumps(more, indent=1))
+                print(name, what, more[f"peak_mib {name} {what}"], flush=True)
     harness.write(
         "relevance", options.device, list(rows.values()), options.out, parts=True, batch=BATCH, side=SIDE, **more
     )
