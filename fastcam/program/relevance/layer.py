@@ -267,6 +267,13 @@ class Layer:
         """The transpose, for an input of the given shape (None: that of `inputs`)."""
         return self.geometry.back(s, weight, shape or self.inputs.shape, self._cache)
 
+    def back_by_sign(self, s: Tensor) -> tuple[Tensor, Tensor]:
+        """The transposes through max(W, 0) and through min(W, 0), for the inputs as they are, as one."""
+        both = self._cache.get(self.weight, "signs", lambda w: self._beside_weights(w.clamp(min=0), w.clamp(max=0)))
+        shape = list(self.inputs.shape)
+        shape[self._channel] *= 2
+        return self._apart(self.back(s, both, torch.Size(shape)))
+
     def positive_bias(self) -> Tensor | None:
         return None if self.bias is None else self._cache.get(self.bias, "positive", _MAKE["positive"])
 

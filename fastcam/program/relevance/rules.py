@@ -283,8 +283,8 @@ class ZBox(Weighted):
     def send(self, layer: Layer, prepared: tuple[Tensor, Tensor, Tensor], relevance: Relevance) -> Relevance:
         sums, low, high = prepared
         message = divided(relevance, sums, self.epsilon)
-        found = (layer.inputs - low) * layer.back(message, layer.modified("positive"))
-        return Relevance(found.addcmul_(layer.inputs - high, layer.back(message, layer.modified("negative"))))
+        up, down = layer.back_by_sign(message)
+        return Relevance(((layer.inputs - low) * up).addcmul_(layer.inputs - high, down))
 
 
 @dataclass(frozen=True)
