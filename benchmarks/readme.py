@@ -390,6 +390,18 @@ def equilibrium() -> str:
             if name.startswith(f"{model}: "):
                 cells = [f"{row[key]:.3f}" if abs(row[key]) < 1e4 else f"{row[key]:.1e}" for key in EQUILIBRIUM_COLUMNS]
                 lines.append(f"| {name.removeprefix(f'{model}: ')} | " + " | ".join(cells) + " |")
+    drifts = []
+    for model in ("tiny_vgg", "tiny_resnet"):
+        for method in ("attribution_equilibrium", "grad_cam", "lrp, z+ everywhere"):
+            steps = [
+                row["mean"] for name, row in rows.items() if name.startswith(f"{model}, randomised: {method} after ")
+            ]
+            drifts += [f"`{model}` {method} {steps[0]:.2f}, {steps[-1]:.2f}"] if steps else []
+    lines += [
+        "",
+        "Weights drawn anew layer by layer from the top, Spearman's correlation with the trained model's signed maps after the "
+        f"last layer and after all: {'; '.join(drifts)}.",
+    ]
     return "\n".join(lines)
 
 

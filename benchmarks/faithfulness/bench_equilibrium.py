@@ -2,6 +2,8 @@
 
     python -P benchmarks/faithfulness/bench_equilibrium.py [--images 100]
 
+or in parts, which end up in one file: --only "tiny_vgg figures", --only "tiny_resnet randomised", ...
+
 Held-out scenes of the testbed, both digits of each, one map a digit, at image size and signed where the method is.
 Masks are dilated by two pixels. Rows, means over digits:
 
@@ -13,7 +15,9 @@ Masks are dilated by two pixels. Rows, means over digits:
 
 Rows "without ..." leave out one term of the rule at k x k convolutions: the positive unit for active inputs, the
 negative unit for inactive ones, the shift. Cascading randomisation: Spearman's correlation of signed maps with the
-trained model's, after the weights are drawn anew (Xavier-uniform, biases uniform in [0, 1]) from the last layer down.
+trained model's, after the weights are drawn anew (Xavier-uniform, biases uniform in [0, 1]) from the last layer down. A
+batch norm is a part of the convolution before it: its gains and statistics go with that one's weights, its shifts are
+the biases.
 
 Correctness first: on `tiny_vgg`, a chain of convolutions, the median total must be ratio - 2 within 1e-3.
 No times are measured, so load on the machine does not matter.
@@ -142,17 +146,21 @@ def correlation(one: Tensor, other: Tensor) -> Tensor:
 def randomised(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model after each layer, from the last one down, has lost its weights."""
     model = copy.deepcopy(model)
-    weighted = [(name, m) for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        for name, module in reversed(weighted):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
+        for name, module in reversed(list(model.named_modules())):
+            if isinstance(module, nn.BatchNorm2d):  # stands behind its convolution, which is next
+                module.reset_parameters()
                 nn.init.uniform_(module.bias)
-            yield name, model
+            elif isinstance(module, (nn.Conv2d, nn.Linear)):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.uniform_(module.bias)
+                yield name, model
 
 
 def measure(name: str, images: int) -> list[dict[str, Any]]:
+    """The rows of the table."""
     model = load(name).requires_grad_(False)
     rows: dict[str, list[dict[str, Tensor]]] = {}
     calls: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -167,20 +175,12 @@ def measure(name: str, images: int) -> list[dict[str, Any]]:
                 return maps_of(model, x, y, method="attribution_equilibrium")
 
         calls[label] = call
-    drift: dict[str, list[Tensor]] = {}
     for start in range(0, images, BATCH):
         scenes = make_scenes(min(BATCH, images - start), split="test", seed=0, start=start)
         x = normalize(scenes.images)
         masks = torch.stack([scenes.masks, scenes.masks.flip(1)], 2).flatten(0, 1)
         for label, call in calls.items():
             rows.setdefault(label, []).append(figures(call(x, scenes.labels).flatten(0, 1), masks))
-        if start == 0:
-            few, labels = x[:16], scenes.labels[:16, :1]
-            for label in ("attribution_equilibrium", "grad_cam", "lrp, z+ everywhere"):
-                whole = calls[label](few, labels).flatten(0, 1)
-                for layer, changed in randomised(model):
-                    other = maps_of(changed, few, labels, **METHODS[label]).flatten(0, 1)
-                    drift.setdefault(f"{label} after {layer}", []).append(correlation(whole, other))
         print(f"{name}: {start + len(x)} images", flush=True)
     found = [row(f"{name}: {label}", parts) for label, parts in rows.items()]
     totals = {entry["name"]: entry["total"] for entry in found}
@@ -188,17 +188,27 @@ def measure(name: str, images: int) -> list[dict[str, Any]]:
         total = totals[f"{name}: attribution_equilibrium{label}"]
         if name == "tiny_vgg" and abs(total - (ratio - 2)) > 1e-3:
             raise RuntimeError(f"maps at ratio {ratio} total {total}, expected {ratio - 2}")
-    for label, parts in drift.items():
-        values = torch.cat(parts).nan_to_num()
-        error = float(values.std() / len(values) ** 0.5)
-        found.append(
-            {
-                "name": f"{name}, randomised: {label}",
-                "mean": float(values.mean()),
-                "standard_error": error,
-                "n": len(values),
-            }
-        )
+    return found
+
+
+def drift(name: str) -> list[dict[str, Any]]:
+    """Correlations of 16 scenes' maps, after each layer, with the trained model's."""
+    model = load(name).requires_grad_(False)
+    scenes = make_scenes(16, split="test", seed=0, start=0)
+    x, labels = normalize(scenes.images), scenes.labels[:, :1]
+    found = []
+    for label in ("attribution_equilibrium", "grad_cam", "lrp, z+ everywhere"):
+        whole = maps_of(model, x, labels, **METHODS[label]).flatten(0, 1)
+        for layer, changed in randomised(model):
+            values = correlation(whole, maps_of(changed, x, labels, **METHODS[label]).flatten(0, 1)).nan_to_num()
+            found.append(
+                {
+                    "name": f"{name}, randomised: {label} after {layer}",
+                    "mean": float(values.mean()),
+                    "standard_error": float(values.std() / len(values) ** 0.5),
+                    "n": len(values),
+                }
+            )
     return found
 
 
@@ -207,7 +217,10 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=100, help="held-out scenes (default: 100)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows = [entry for name in MODELS for entry in measure(name, options.images)]
+    rows: list[dict[str, Any]] = []
+    for name in MODELS:
+        rows += measure(name, options.images) if options.only in f"{name} figures" else []
+        rows += drift(name) if options.only in f"{name} randomised" else []
     harness.table(rows, ["name", *FIGURES, "mean"])
     harness.write(
         "equilibrium",
@@ -215,6 +228,7 @@ def main() -> None:
         rows,
         options.out,
         harness.QUALITY_KEYS,
+        parts=True,
         measure="argmax hits (mean), shares of positive values, Spearman's correlation under randomisation",
         command=f"{COMMAND} --images {options.images}",
     )
