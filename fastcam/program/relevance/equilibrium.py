@@ -150,7 +150,9 @@ class Equilibrium:
 
 
 def _portions(x: Tensor, r: Tensor) -> list[slice]:
-    """A layer's images in portions whose intermediate results stay in the cache, and in memory that is used again."""
+    """A layer's images, on CPUs in portions whose intermediate results stay in the cache and in memory used again."""
+    if x.device.type != "cpu":
+        return [slice(None)]
     image = 3 * max(x[:1].numel(), r[:1].numel()) * x.element_size()
     step = max(1, _PORTION // max(1, image))
     return [slice(start, start + step) for start in range(0, max(1, len(x)), step)]
@@ -166,11 +168,12 @@ def _divisors(x: Tensor, weight: Tensor, geometry: Geometry, threshold: float, c
     found = geometry.apply(_bases(x, threshold, inactive=short), weight)
     if short or len(x) == 0:
         return found
-    kept = cache.get(weight, ("all", geometry), lambda _: {})
-    if x.shape[1:] not in kept:
+    kept = cache.get(weight, ("all", geometry), lambda _: {})  # for the latest size of image
+    everything = kept.get(x.shape[1:])
+    if everything is None:
+        everything = geometry.apply(torch.ones_like(x[:1]), weight)
         kept.clear()
-        kept[x.shape[1:]] = geometry.apply(torch.ones_like(x[:1]), weight)
-    everything = kept[x.shape[1:]]
+        kept[x.shape[1:]] = everything
     divisors = _stack(found, 3 * len(x))
     both, inactive = divisors.split([2 * len(x), len(x)])
     both.copy_(found)
