@@ -82,8 +82,9 @@ def attribution_equilibrium(passage: Passage, options: EquilibriumOptions) -> Ev
     Shapes: (B, *spatial) at the image's size; T targets add an axis after B.
     Errors: ValueError for options out of range and where no convolution lies below the layer; UnsupportedOpError for a
     step without a rule (attention, layer norms).
-    Cost: the forward pass; for each convolution two modified (c(1[x <= 0], V) is c(1, V), kept from call to call, less
-    c(1[x > 0], V); in half types it is a third) and, for each target, three transposed convolutions.
+    Cost: the forward pass; for each convolution three modified and, for each target, three transposed convolutions. On
+    CPUs, but for half types, two modified ones do: c(1[x <= 0], V) is c(1, V), kept from call to call, less c(1[x > 0],
+    V), which costs digits where next to nothing is inactive.
     Source: Nam & Lee, Illuminating Salient Contributions in Neuron Activation with Attribution Equilibrium, IEEE TPAMI
     2024, DOI 10.1109/TPAMI.2024.3485775; rules as in the authors' public code, re-implemented from the equations.
     """

@@ -161,12 +161,13 @@ def _portions(x: Tensor, r: Tensor) -> list[slice]:
 def _divisors(x: Tensor, weight: Tensor, geometry: Geometry, threshold: float, cache: ModifiedWeights) -> Tensor:
     """c(max(x, 0), V), c(1[x > threshold], V) and c(1[x <= threshold], V), one batch after the other.
 
-    The last is c(1, V), which is the same for all images, less the one before, where digits suffice; what is left of
-    less than 2^-17 of c(1, V) in float32 is rounding and counts as 0.
+    The last is c(1, V), which is the same for all images, less the one before, where digits suffice: not in half types,
+    nor on accelerators, whose float32 convolutions may be TF32. What is left of less than 2^-17 of c(1, V) in float32
+    is rounding and counts as 0.
     """
-    short = x.dtype in (torch.float16, torch.bfloat16)
-    found = geometry.apply(_bases(x, threshold, inactive=short), weight)
-    if short or len(x) == 0:
+    few = x.dtype in (torch.float16, torch.bfloat16) or x.device.type != "cpu"
+    found = geometry.apply(_bases(x, threshold, inactive=few), weight)
+    if few or len(x) == 0:
         return found
     kept = cache.get(weight, ("all", geometry), lambda _: {})  # for the latest size of image
     everything = kept.get(x.shape[1:])
