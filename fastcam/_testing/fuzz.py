@@ -74,7 +74,9 @@ class Draw:
         elif self.kind == "ties":
             x = x.round()
         elif self.kind == "constant" and x.dim() > 2:
-            x = x.flatten(2)[..., :1].expand(*shape[:2], math.prod(shape[2:])).reshape(shape).clone()
+            # Of few digits, so that sums are exact: rounding errors of equal terms would add up instead of cancelling.
+            x = (x.flatten(2)[..., :1] * 16).round() / 16
+            x = x.expand(*shape[:2], math.prod(shape[2:])).reshape(shape).clone()
         elif self.kind == "tiny":
             x = x * math.sqrt(info.smallest_normal)
         elif self.kind == "subnormal":
