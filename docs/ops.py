@@ -66,8 +66,9 @@ SCHEMAS_OF = {name.partition(".")[0]: name for name in SCHEMAS}  # the last over
 def registered(op: str, folder: str, ending: str) -> str:
     """Whether the op's kernel is there and registered."""
     there = (ROOT / folder / f"{op}{ending}").is_file()
-    if ending != ".py":
-        there = there and f'OP("{SCHEMAS_OF[op]}", {op},' in (ROOT / "csrc" / "register.cpp").read_text()
+    if there and ending != ".py":
+        listed = f'OP("{SCHEMAS_OF[op]}", {op},' in (ROOT / "csrc" / "register.cpp").read_text()
+        there = listed or f'm.impl("{SCHEMAS_OF[op]}", {op})' in (ROOT / folder / f"{op}{ending}").read_text()
     return "yes" if there else "no"
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 import fastcam
 from fastcam._dtypes import accumulation_dtype
 from fastcam._testing import kernel_cases as checks
+from fastcam._testing.imputation import check_impute_linear, holes
 from fastcam._testing.ops import DTYPES, LAYOUTS, arranged
 from fastcam.backends import implementation
 
@@ -168,6 +169,14 @@ def rng_small(d: Draw) -> int:
     return d.rng.choice((1, 2, 5))
 
 
+def _impute_linear(d: Draw) -> Case:
+    rng, b, (h, w) = d.rng, d.batch(), (d.rng.randint(1, 20), d.rng.randint(1, 20))
+    images = d.laid(_without_odd(d).values(b, rng.randint(1, 4), h, w, factors=3))
+    missing = holes(max(b, 1), h, w, rng.randrange(2**31))[:b]
+    missing = missing.mT.contiguous().mT if rng.random() < 0.3 else missing
+    return Case((images, missing, 20), check_impute_linear)
+
+
 def _perturb_by_rank(d: Draw) -> Case:
     rng, b, c, (h, w) = d.rng, d.batch(), d.rng.choice((1, 2, 3, 3, 5, 17, 64)), d.image_shape()
     images = d.laid(d.values(b, c, h, w))
@@ -282,7 +291,7 @@ def _similarity_weights(d: Draw) -> Case:
 
 
 def _without_odd(d: Draw) -> Draw:
-    """Gradients at NaN and infinity are whatever comes out."""
+    """What NaN and infinity do to gradients and to solutions of systems is tested where it is promised."""
     d.kind = "plain" if d.kind == "odd" else d.kind
     return d
 
@@ -319,6 +328,7 @@ def _lfi_attend_backward(d: Draw) -> Case:
 CASES: dict[str, Callable[[Draw], Case]] = {
     "cam_map": _cam_map,
     "channel_weights": _channel_weights,
+    "impute_linear": _impute_linear,
     "lfi_attend": _lfi_attend,
     "lfi_attend_backward": _lfi_attend_backward,
     "lfi_mask": _lfi_mask,

@@ -38,7 +38,7 @@ def impute_linear(images: Tensor, missing: Tensor, iterations: int = 12) -> Tens
         corrected = _cycle(residual, levels)
         before, energy = energy, _dot(residual, corrected)
         step = corrected + energy / before.clamp(min=torch.finfo(wide).tiny) * step
-    return torch.where(missing.unsqueeze(1), found[..., :height, :width].to(images.dtype), images)
+    return torch.where(missing.unsqueeze(1), found[..., :height, :width].to(images.dtype), images).contiguous()
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,8 @@ def _kernel(values: Tensor) -> Tensor:
 def _down(values: Tensor) -> Tensor:
     """The transpose of `_up`."""
     flat = values.flatten(0, 1).unsqueeze(1)
-    return functional.conv2d(flat, _kernel(values), stride=2, padding=1).reshape(
-        *values.shape[:2], values.shape[2] // 2, -1
-    )
+    found = functional.conv2d(flat, _kernel(values), stride=2, padding=1)
+    return found.reshape(*values.shape[:2], *found.shape[2:])
 
 
 def _up(values: Tensor) -> Tensor:

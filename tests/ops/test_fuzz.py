@@ -8,7 +8,7 @@ from fastcam._library import SCHEMAS
 from fastcam._testing import fuzz
 from fastcam._testing.fuzz import CASES, WAIVERS, Case, repetition, run
 
-SHORT, LONG = 8, 596  # seeds an op; 17 ops make the long run one of 10,000 cases a backend
+SHORT, LONG = 8, 596  # seeds an op; 18 ops make the long run one of more than 10,000 cases a backend
 
 
 @pytest.mark.parametrize("op", CASES)
