@@ -19,7 +19,7 @@ from fastcam._dtypes import ACCUMULATION, accumulation_dtype
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["COLORMAPS", "Group", "outline", "overlay", "panel", "ring", "to_pixels"]
+__all__ = ["COLORMAPS", "Group", "colours", "outline", "overlay", "panel", "ring", "to_pixels"]
 
 COLORMAPS = {
     **dict.fromkeys(("turbo", "jet", "inferno", "magma", "viridis"), "unsigned"),
@@ -82,7 +82,7 @@ def overlay(
         pixels = pixels[:, 0]
     else:
         pixels, values = pixels.reshape(-1, *pixels.shape[-3:]), values.reshape(-1, *values.shape[-2:])
-    table = _colours(colormap).to(pixels.device, acc)
+    table = colours(colormap).to(pixels.device, acc)
     numbers = {k: None if v is None else [float(n) for n in v] for k, v in (("mean", mean), ("std", std))}
     found = ops.overlay(pixels, values, table, float(alpha), signed, **numbers)
     return found.view(*maps.shape, 3)
@@ -233,7 +233,7 @@ def _is_signed(colormap: str) -> bool:
 
 
 @lru_cache(maxsize=len(COLORMAPS))
-def _colours(colormap: str) -> Tensor:
+def colours(colormap: str) -> Tensor:
     """The colormap's 256 colours in [0,255], (256,3) float64 on the CPU."""
     try:
         from matplotlib import colormaps

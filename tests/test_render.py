@@ -138,7 +138,7 @@ def test_missing_packages_name_the_command(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match=r"pip install 'fastcam\[viz\]'$"):
         render.panel([render.Group(cell, "", [("a", [cell])])], tmp_path / "x.png", columns=["one"])
-    render._colours.cache_clear()
+    render.colours.cache_clear()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'fastcam\[viz\]'$"):
         render.overlay(torch.rand(3, 4, 4), torch.rand(4, 4))

@@ -31,26 +31,7 @@ MAX_BYTES = 1 << 29
 #: Names that a folder or a tar lists as images, in lower case.
 SUFFIXES = COMMON | {".avif", ".gif", ".jfif", ".jp2", ".pbm", ".pgm", ".pnm", ".tga"}
 #: Decoders that need no other program (EPS starts Ghostscript) and read pixels, not containers of something else.
-FORMATS = tuple(
-    [
-        "AVIF",
-        "BMP",
-        "DIB",
-        "GIF",
-        "ICO",
-        "JPEG",
-        "JPEG2000",
-        "MPO",
-        "PCX",
-        "PNG",
-        "PPM",
-        "QOI",
-        "SGI",
-        "TGA",
-        "TIFF",
-        "WEBP",
-    ]
-)
+FORMATS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP"
 #: errno -> what a person says
 _REASONS = {
     errno.ENOENT: "there is no such file",
@@ -152,7 +133,7 @@ def _formats() -> tuple[str, ...]:
     from PIL import Image
 
     Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
+    return tuple(name for name in FORMATS.split() if name in Image.OPEN)
 
 
 def _upright(picture: Image, ops: Any) -> Image:
