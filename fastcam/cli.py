@@ -29,6 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from fastcam.profiling.command import main as profile
 
             return profile(words[1:])
+        if words[:1] in (["show"], ["report"]):
+            from fastcam.jobs import report, show
+
+            return (show if words[0] == "show" else report).main(words)
         given = _parser().parse_args(words)
         return int(given.run(given))
     except ImportError as error:
@@ -61,6 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("run", help="explain every image of a data set into a store that can be resumed")
     commands.add_parser("merge", help="join the stores of a job's shards into one")
     commands.add_parser("evaluate", help="how good the maps of a job, or of a method on the testbed, are")
+    commands.add_parser("show", help="pictures of a store's items: the image with its maps")
+    commands.add_parser("report", help="a store as one page with thumbnails, filters and plots")
     commands.add_parser("train-lficam", help="train an LFI-CAM network on class folders of images, or the testbed")
     commands.add_parser("profile", help="what attribution costs on a model and this machine: a report")
     commands.add_parser("methods", help="list the methods with their sources").set_defaults(run=_list_methods)
