@@ -96,6 +96,9 @@ def translate(composite: Any, model: nn.Module) -> tuple[Translation, str]:
     names: dict[str, ours.Rule] = {}
     sums: dict[str, ours.Rule] = {}
     context: dict[Any, Any] = {}
+    spellings: dict[int, list[str]] = {}  # a module in two places is hooked once, and runs under either name
+    for name, module in twin.named_modules(remove_duplicate=False):
+        spellings.setdefault(id(module), []).append(name)
     for name, module in twin.named_modules() if composite is not None else ():
         hook = composite.module_map(context, name, module)
         if hook is None:
@@ -104,7 +107,7 @@ def translate(composite: Any, model: nn.Module) -> tuple[Translation, str]:
         if isinstance(module, Sum):
             sums[name.rpartition(".")[0]] = rule
         else:
-            names[name] = rule
+            names |= dict.fromkeys(spellings[id(module)], rule)
     return Translation(names=names, sums=sums), "fold" if merged else "pass"
 
 

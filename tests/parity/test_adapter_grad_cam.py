@@ -279,6 +279,20 @@ def test_afmi_takes_the_normalisation():
     np.testing.assert_allclose(found, raw.float().numpy(), rtol=0, atol=1e-4)
 
 
+def test_p13_volumes_are_resized_linearly(oracle):
+    net = models.gap_linear(rank=3).double()
+    x = torch.randn(2, 3, 8, 8, 8, generator=torch.Generator().manual_seed(4)).double()
+    got, want = (run(module, "GradCAM", net, ["features"], x, targets_of([1, 2])) for module in (ours, peer))
+    raw = fastcam.attribute(net, x, "grad_cam", targets=[1, 2], layer="features").raw
+    low = raw.flatten(1).amin(1).reshape(-1, 1, 1, 1)
+    maps = nn.functional.interpolate((raw - low)[:, None], (8, 8, 8), mode="trilinear", align_corners=False)[:, 0]
+    maps = maps - maps.flatten(1).amin(1).reshape(-1, 1, 1, 1)
+    maps = maps / maps.flatten(1).amax(1).reshape(-1, 1, 1, 1)
+    np.testing.assert_allclose(got, maps.float().numpy(), rtol=0, atol=1e-5)
+    assert got.shape == want.shape
+    assert np.abs(got - want).max() > 0.01
+
+
 def test_other_names_are_the_peers(caplog):
     assert ours.KPCA_CAM is peer.KPCA_CAM
     with pytest.raises(AttributeError, match="NoSuchCAM"):

@@ -128,6 +128,18 @@ def test_pixel_flipping(features_in_step, baseline, softmax, untouched, monkeypa
     assert float(np.ptp(found[2])) > 1e-3 or features_in_step == 192
 
 
+@pytest.mark.skipif(hasattr(np, "trapz"), reason="needs NumPy 2.4, which has no trapz")
+def test_q1_areas_under_curves():
+    net, x, y = case()
+    a_batch = np.random.default_rng(1).random((3, 1, 12, 16)).astype(np.float32)
+    options = {"features_in_step": 48, "disable_warnings": True}
+    curves = np.array(ours.PixelFlipping(**options)(net, x, y, a_batch, device="cpu"))
+    areas = ours.PixelFlipping(return_auc_per_sample=True, **options)(net, x, y, a_batch, device="cpu")
+    np.testing.assert_allclose(areas, ((curves[:, 1:] + curves[:, :-1]) / 2).sum(1))
+    with pytest.raises(AttributeError, match="trapz"):
+        peer.PixelFlipping(return_auc_per_sample=True, **options)(net, x, y, a_batch, device="cpu")
+
+
 def test_accelerate():
     with fastcam.adapters.accelerate("quantus"):
         assert type(peer.PixelFlipping(disable_warnings=True)) is ours.PixelFlipping

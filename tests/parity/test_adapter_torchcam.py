@@ -172,8 +172,17 @@ def test_t2_flat_map_in_float16():
 
 
 def test_t3_every_noisy_sample_counts():
-    """Its result follows the last sample alone: with another last one it is another."""
+    """The peer weights by the gradient of its last sample, whatever the others' signs are."""
     net, x = case("vgg")
+    with peer.SmoothGradCAMpp(copy.deepcopy(net), "features", num_samples=2) as theirs:
+        theirs._backprop = lambda out, class_idx, **_: theirs.hook_g.__setitem__(0, next(gradients))
+        found = []
+        for sign in (1.0, -1.0):
+            theirs.model(x)
+            last = torch.ones_like(theirs.hook_a[0])
+            gradients = iter([sign * last, last])  # the mean gradient is 1, or 0
+            found.append(theirs(1, None, normalized=False)[0])
+        assert float(found[1].abs().max()) > 0.1 * float(found[0].abs().max())
     got, fast = run(ours, "SmoothGradCAMpp", net, ["features"], x, CLASSES)
     close(got, fast, torch.float64)
     want = fastcam.attribute(

@@ -273,6 +273,30 @@ def test_errors(untouched):
             ours.translate(composites.BetaSmooth(), net)
 
 
+class Twice(nn.Module):
+    def __init__(self, again):
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.second = self.first if again else nn.Conv2d(6, 6, 3, padding=1)
+        self.fc = nn.Linear(6, 10)
+
+    def forward(self, x):
+        x = self.second(self.first(self.stem(x).relu()).relu()).relu()
+        return self.fc(x.mean((2, 3)))
+
+
+def test_z1_a_module_used_twice():
+    """Two modules of the same weights are the definition, in which both libraries agree."""
+    once, again, x = seeded(lambda: Twice(False)).double(), seeded(lambda: Twice(True)).double(), images(8)
+    again.load_state_dict({k: v for k, v in once.state_dict().items() if not k.startswith("second")}, strict=False)
+    once.second.load_state_dict(once.first.state_dict())
+    right, theirs = both(once, composites.EpsilonPlus, x, onehot(3))
+    close(right, theirs)
+    got, want = both(again, composites.EpsilonPlus, x, onehot(3))
+    close(got, right)
+    assert float((want[1] - right[1]).abs().max()) > 0.01 * float(right[1].abs().max())
+
+
 def test_translation_for_attribute():
     net, x = network("resnet18"), images(32)
     composite, norms = ours.translate(composites.EpsilonPlusFlat(canonizers=[torchvision.ResNetCanonizer()]), net)
