@@ -313,7 +313,7 @@ class LayerLRP(_Strict, _peer.LayerLRP):
 
 def _relevance(self: Any, layer: Any, inputs: Any, target: Any, additional: Any) -> Attribution:
     rules: dict[str, Any] = {}
-    for name, module in self.model.named_modules():
+    for name, module in self.model.named_modules(remove_duplicate=False):
         rule = getattr(module, "rule", None)
         if isinstance(rule, IdentityRule):
             rules[name] = Pass()
