@@ -26,7 +26,8 @@ NAMES = (
     "epsilon_plus", "epsilon_plus_flat", "epsilon_gamma_box", "epsilon_alpha2_beta1", "epsilon_alpha2_beta1_flat",
     "guided_backprop", "deconvnet", "excitation_backprop",
 )  # fmt: skip
-NETWORKS = {"vgg16": VGGCanonizer, "vgg16_bn": VGGCanonizer, "resnet18": ResNetCanonizer, "resnet50": ResNetCanonizer}
+#: Further networks: test_adapter_zennit.py.
+NETWORKS = {"vgg16_bn": VGGCanonizer, "resnet50": ResNetCanonizer}
 
 
 @pytest.fixture(autouse=True)
