@@ -28,7 +28,7 @@ from fastcam.profiling.results import ROW_KEYS, machine_slug, metadata, row, sto
 
 __all__ = [
     *("QUALITY_KEYS", "ROOT", "ROW_KEYS", "Calls", "agree", "alternate", "arguments", "copier", "op_row", "peak_mib"),
-    *("ratio", "row", "table", "write"),
+    *("kept", "ratio", "row", "table", "write"),
 ]
 
 ROOT = Path(__file__).resolve().parent
@@ -122,3 +122,10 @@ def write(
     write_json(path, storable({"metadata": facts, "results": rows}), keys)
     print(f"wrote {path}")
     return path
+
+
+def kept(suite: str, out: Path) -> dict[str, dict[str, Any]]:
+    """Rows of the suite's newest CPU result file, by name; for suites that are made in parts."""
+    files = (Path(out) / fastcam.__version__).glob(f"{suite}--*--cpu.json")
+    documents = sorted((json.loads(path.read_text()) for path in files), key=lambda found: found["metadata"]["time"])
+    return {row["name"]: row for row in documents[-1]["results"]} if documents else {}

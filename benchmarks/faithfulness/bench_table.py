@@ -1,6 +1,6 @@
 """Every method that explains images, on the testbed's two networks, by every metric: means, errors, costs.
 
-    python -P benchmarks/faithfulness/bench_table.py [--model tiny_vgg] [--images 8] [--methods a,b]
+    python -P benchmarks/faithfulness/bench_table.py [--model tiny_vgg] [--images 5] [--methods a,b]
 
 Held-out scenes of three seeds, the first of the two digits of each, classes independent (sigmoid scores). Blocks:
 
@@ -19,7 +19,6 @@ parts: `--missing --budget 200`, until no row is missing.
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -132,14 +131,14 @@ def main() -> None:
     parser = harness.arguments(__doc__.splitlines()[0])
     parser.add_argument("--model", choices=tuple(MODELS), help="one network (default: both)")
     parser.add_argument("--methods", default="", help="comma-separated (default: all)")
-    parser.add_argument("--images", type=int, default=8, help="scenes a seed (default: 8)")
-    parser.add_argument("--robust", type=int, default=4, help="scenes a seed for robustness (default: 4)")
+    parser.add_argument("--images", type=int, default=5, help="scenes a seed (default: 5)")
+    parser.add_argument("--robust", type=int, default=3, help="scenes a seed for robustness (default: 3)")
     parser.add_argument("--missing", action="store_true", help="only rows the newest file lacks")
     parser.add_argument("--budget", type=float, default=float("inf"), help="start no row after these seconds")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     chosen = options.methods.split(",") if options.methods else methods()
-    rows, begin = kept(options.out), time.perf_counter()
+    rows, begin = harness.kept("faithfulness", options.out), time.perf_counter()
     for name in [options.model] if options.model else MODELS:
         model = load(name)
         for method in chosen:
@@ -159,13 +158,6 @@ def main() -> None:
     command = "python -P benchmarks/faithfulness/bench_table.py"
     facts = {"command": command, "images": options.images, "robust": options.robust, "seeds": list(SEEDS)}
     harness.write("faithfulness", options.device, listed, options.out, KEYS, **facts)
-
-
-def kept(out: Path) -> dict[str, dict[str, Any]]:
-    """Rows of the newest file, by name."""
-    files = (out / fastcam.__version__).glob("faithfulness--*--cpu.json")
-    documents = sorted((json.loads(path.read_text()) for path in files), key=lambda found: found["metadata"]["time"])
-    return {row["name"]: row for row in documents[-1]["results"]} if documents else {}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python -P benchmarks/metrics/bench_metrics.py [--only insertion] [--rounds 5]
 
-Float32, smooth maps without equal values; random weights, but for the testbed's network. Rows:
+Float32, smooth maps without equal values; random weights, but for the testbed's network. `--only`
+keeps the other rows of the newest file. Rows:
 
   insertion + deletion   50 steps: 100 forward passes an image, one of them the image's own; beside a loop of as many
                          bare passes on tensors of the same sizes that are there already (under `inference_mode`, with
@@ -152,9 +153,10 @@ def main() -> None:
         "road tiny_resnet": lambda: road_rows("tiny_resnet", 4, options),
         "road resnet18": lambda: road_rows("resnet18", 1, options),
     }
-    rows = [row for name, make in makers.items() if options.only in name for row in make()]
+    rows = harness.kept("metrics", options.out) if options.only else {}
+    rows |= {row["name"]: row for name, make in makers.items() if options.only in name for row in make()}
     command = "python -P benchmarks/metrics/bench_metrics.py"
-    harness.write("metrics", options.device, rows, options.out, command=command, chunk=CHUNK)
+    harness.write("metrics", options.device, list(rows.values()), options.out, command=command, chunk=CHUNK)
 
 
 if __name__ == "__main__":
