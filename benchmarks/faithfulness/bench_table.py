@@ -1,6 +1,6 @@
 """Every method that explains images, on the testbed's two networks, by every metric: means, errors, costs.
 
-    python -P benchmarks/faithfulness/bench_table.py [--model tiny_vgg] [--images 5] [--methods a,b]
+    python -P benchmarks/faithfulness/bench_table.py [--model tiny_vgg] [--images 12] [--methods a,b]
 
 Held-out scenes of three seeds, the first of the two digits of each, classes independent (sigmoid scores). Blocks:
 
@@ -131,8 +131,8 @@ def main() -> None:
     parser = harness.arguments(__doc__.splitlines()[0])
     parser.add_argument("--model", choices=tuple(MODELS), help="one network (default: both)")
     parser.add_argument("--methods", default="", help="comma-separated (default: all)")
-    parser.add_argument("--images", type=int, default=5, help="scenes a seed (default: 5)")
-    parser.add_argument("--robust", type=int, default=3, help="scenes a seed for robustness (default: 3)")
+    parser.add_argument("--images", type=int, default=12, help="scenes a seed (default: 12)")
+    parser.add_argument("--robust", type=int, default=4, help="scenes a seed for robustness (default: 4)")
     parser.add_argument("--missing", action="store_true", help="only rows the newest file lacks")
     parser.add_argument("--budget", type=float, default=float("inf"), help="start no row after these seconds")
     options = parser.parse_args()
