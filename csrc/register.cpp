@@ -39,12 +39,16 @@ using Numbers = std::optional<at::ArrayRef<double>>;
   OP("rescale_multipliers", rescale_multipliers, Tensor, (const Tensor&, const Tensor&, const Tensor&, double))         \
   OP("similarity_weights", similarity_weights, Triple, (const Tensor&, const Tensor&, Name, Name, bool))
 
+// Those whose reference serves GPUs.
+#define FASTCAM_CPU_OPS(OP) OP("impute_linear", impute_linear, Tensor, (const Tensor&, const Tensor&, int64_t))
+
 #define FASTCAM_DECLARE(NAME, FUNCTION, RESULT, ARGUMENTS) RESULT FUNCTION ARGUMENTS;
 #define FASTCAM_IMPLEMENT(NAME, FUNCTION, RESULT, ARGUMENTS) m.impl(NAME, FUNCTION);
 
 namespace fastcam::cpu {
 FASTCAM_OPS(FASTCAM_DECLARE)
-TORCH_LIBRARY_IMPL(fastcam, CPU, m) { FASTCAM_OPS(FASTCAM_IMPLEMENT) }
+FASTCAM_CPU_OPS(FASTCAM_DECLARE)
+TORCH_LIBRARY_IMPL(fastcam, CPU, m) { FASTCAM_OPS(FASTCAM_IMPLEMENT) FASTCAM_CPU_OPS(FASTCAM_IMPLEMENT) }
 }  // namespace fastcam::cpu
 
 #ifdef FASTCAM_WITH_CUDA

@@ -1,15 +1,14 @@
-// impute_linear on CPUs: one task an image, the leaf of impute_linear_solver.h, registration.
+// impute_linear on CPUs: one task an image, the leaf of impute_linear_solver.h.
 //
 // An image's channels share its pyramid of holes. Images are independent, so results depend neither on the batch nor on
 // the number of threads.
-#include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <memory>
 #include <vector>
 
+#include "aten.h"
 #include "cpu/impute_linear_solver.h"
 #include "ops.h"
 
@@ -40,6 +39,8 @@ void compute(const Tensor& values, const Tensor& missing, int64_t iterations) {
   });
 }
 
+}  // namespace
+
 Tensor impute_linear(const Tensor& images, const Tensor& missing, int64_t iterations) {
   const char* op = "impute_linear";
   check_no_grad(op, images);
@@ -53,17 +54,13 @@ Tensor impute_linear(const Tensor& images, const Tensor& missing, int64_t iterat
   const auto dtype = images.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, op,
                    ": images must be float64, float32, float16 or bfloat16, got ", dtype);
-  const Tensor values = at::empty(images.sizes(), images.options().dtype(accumulation_dtype(dtype))
-                                                      .memory_format(at::MemoryFormat::Contiguous));
+  const Tensor values = fastcam::empty(images.sizes(), images.options().dtype(accumulation_dtype(dtype)),
+                                       at::MemoryFormat::Contiguous);
   values.copy_(images);
   const Tensor holes = missing.contiguous();
   if (values.numel() == 0) return values.to(dtype);
   dtype == at::kDouble ? compute<double>(values, holes, iterations) : compute<float>(values, holes, iterations);
   return values.to(dtype);  // what was known comes back as it was
 }
-
-}  // namespace
-
-TORCH_LIBRARY_IMPL(fastcam, CPU, m) { m.impl("impute_linear", impute_linear); }
 
 }  // namespace fastcam::cpu
