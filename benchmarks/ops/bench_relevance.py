@@ -173,7 +173,7 @@ def main() -> None:
                 backend=fastcam.backends()["ops"][op][options.device]["auto"],
             )
         )
-    harness.write("relevance", options.device, rows, options.out)
+    harness.write("relevance_ops", options.device, rows, options.out)
 
 
 if __name__ == "__main__":

@@ -204,7 +204,7 @@ def check_mask_by_features(got: Tensor, images: Tensor, *arguments: Any, **optio
     assert (got.dtype, got.shape) == (images.dtype, want.shape)
     last = not images.is_contiguous() and images.is_contiguous(memory_format=torch.channels_last)
     assert got.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    _within(got, want, error, "masked images")
+    _within(got, _stored(want, torch.finfo(images.dtype)), error, "masked images")
 
 
 def overlay_arguments(
@@ -324,7 +324,7 @@ def check_rescale_multipliers(got: Tensor, *arguments: Any) -> None:
     acc = torch.float64 if inputs.dtype == torch.float64 else torch.float32
     out = torch.finfo(got.dtype)
     error = error * torch.finfo(acc).eps + want.abs() * out.eps + out.smallest_normal * out.eps
-    _within(got, want, error, "multipliers")
+    _within(got, _stored(want, out), error, "multipliers")
 
 
 TERMS = ("cosine", "dot", "neg_sq", "cross", "inverse")
@@ -532,8 +532,13 @@ def _check_relevance(got: Tensor, like: Tensor, want: Tensor, error: Tensor, nam
     acc = torch.float64 if like.dtype == torch.float64 else torch.float32
     out = torch.finfo(got.dtype)
     error = error * torch.finfo(acc).eps + want.abs() * out.eps + out.smallest_normal * out.eps
+    _within(got, _stored(want, out), error, name)
+
+
+def _stored(want: Tensor, out: torch.finfo) -> Tensor:
+    """Infinity where a result's type ends."""
     beyond = want.abs() >= out.max * (1 + out.eps / 4)
-    _within(got, torch.where(beyond, torch.copysign(torch.tensor(torch.inf).double(), want), want), error, name)
+    return torch.where(beyond, torch.copysign(torch.tensor(torch.inf).double(), want), want)
 
 
 #: op -> what checks its results
