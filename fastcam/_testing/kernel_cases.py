@@ -137,23 +137,24 @@ def channel_weights_oracle(
     if g.dim() == 5:
         a = a[:, None].expand_as(g)
     positions = g.shape[-1] * g.shape[-2]
+    chain = min(32, max(8, positions / 8))  # of equal terms, which round the same way at each addition
     products, shift, size = (g * a).sum((-2, -1)), a.sum((-2, -1)), a.abs().sum((-2, -1))
     if mode == "mean":
-        return g.sum((-2, -1)) / positions, 8 * g.abs().sum((-2, -1)) / positions
+        return g.sum((-2, -1)) / positions, chain * g.abs().sum((-2, -1)) / positions
     if mode == "sum":
-        return products, 8 * (g * a).abs().sum((-2, -1))
+        return products, chain * (g * a).abs().sum((-2, -1))
     if mode == "xgrad":
         guard = shift.abs() <= 1e-6 * size
         safe = torch.where(guard, 1.0, shift)
         value = torch.where(guard, 0.0, products / safe)
-        return value, 8 * ((g * a).abs().sum((-2, -1)) + value.abs() * size) / safe.abs()
+        return value, chain * ((g * a).abs().sum((-2, -1)) + value.abs() * size) / safe.abs()
     denominator = 2 + shift[..., None, None] * g
     guard = denominator.abs() < 1e-6
     alpha = torch.where(guard, 0.0, 1 / torch.where(guard, 1.0, denominator))
     terms = alpha * torch.where(g <= 0, 0.0, g)
     # d alpha = alpha^2 G dS, and the rounding of 2 + S G counts against a small denominator.
     wobble = (alpha**2 * g.clamp(min=0) * (g.abs() * size[..., None, None] + 2 + (denominator - 2).abs())).abs()
-    return terms.sum((-2, -1)), 8 * (terms.abs() + wobble).sum((-2, -1))
+    return terms.sum((-2, -1)), chain * (terms.abs() + wobble).sum((-2, -1))
 
 
 def check_channel_weights(got: Tensor, *arguments: Any) -> None:
