@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -130,20 +131,16 @@ def _checkpoint(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        text = str(error)
-        if "GLOBAL" in text or ("weights_only" in text and "Unsupported" in text):
-            asked = _sentence(text, "GLOBAL")
-            raise ValueError(
-                f"{path} is refused: it is pickled code, not only tensors ({asked}), and reading it would run that. "
-                "Where you trust it, read it yourself and save its state dict: "
-                "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
-            ) from None
-        raise ValueError(f"{path} is no checkpoint that can be read: {_sentence(text, '')}") from None
+        found = re.search(r"GLOBAL (\S+)|(Unsupported [a-z]+ \S+|Trying to call \S+ .*)", str(error))
+        with path.open("rb") as file:
+            pickled = file.read(2) in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+        if found is None or not pickled:
+            raise ValueError(f"{path} is no checkpoint that can be read") from None
+        raise ValueError(
+            f"{path} is refused: it is pickled code, not only tensors ({found[1] or found[2]}), and reading it would run "
+            "that. Where you trust it, read it yourself and save its state dict: "
+            "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
+        ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:
-        raise ValueError(f"{path} is no checkpoint that can be read: {_sentence(str(error), '')}") from error
-
-
-def _sentence(text: str, word: str) -> str:
-    """The part of torch's page-long message that says what was found."""
-    parts = [part.strip() for line in text.splitlines() for part in line.split(". ") if part.strip()]
-    return next((part for part in parts if word in part), parts[0] if parts else "no reason given")[:200]
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is no checkpoint that can be read: {first[:200]}") from error

@@ -93,18 +93,22 @@ def read_file(path: str | Path, *, max_bytes: int = MAX_BYTES) -> bytes:
         raise ItemError(_REASONS.get(error.errno or 0, error.strerror or str(error))) from error
     except ValueError as error:  # a zero byte in the path
         raise ItemError(f"no valid path: {error}") from error
-    with open(descriptor, "rb") as file:
-        facts = os.fstat(descriptor)
-        if stat.S_ISDIR(facts.st_mode):
-            raise ItemError("it is a folder, not a file")
-        if not stat.S_ISREG(facts.st_mode):
-            raise ItemError(_REASONS[errno.ENXIO])
-        if facts.st_size > max_bytes:
-            raise ItemError(f"{facts.st_size} bytes are more than the {max_bytes} an image file may have")
-        try:
-            return file.read(max_bytes + 1)
-        except OSError as error:
-            raise ItemError(f"reading failed: {error.strerror or error}") from error
+    facts = os.fstat(descriptor)
+    wrong = None
+    if stat.S_ISDIR(facts.st_mode):
+        wrong = "it is a folder, not a file"
+    elif not stat.S_ISREG(facts.st_mode):
+        wrong = _REASONS[errno.ENXIO]
+    elif facts.st_size > max_bytes:
+        wrong = f"{facts.st_size} bytes are more than the {max_bytes} an image file may have"
+    if wrong is not None:
+        os.close(descriptor)
+        raise ItemError(wrong)
+    try:
+        with open(descriptor, "rb") as file:
+            return file.read(max_bytes)
+    except OSError as error:
+        raise ItemError(f"reading failed: {error.strerror or error}") from error
 
 
 def open_file(path: str, flags: int = os.O_RDONLY) -> int:

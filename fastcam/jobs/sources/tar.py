@@ -112,7 +112,7 @@ def _images(path: str) -> list[_Member]:
     labels: dict[str, tuple[int | None, str | None]] = {}
     try:
         with tarfile.open(path, "r:") as tar:
-            for info in _infos(tar, os.path.getsize(path), images):
+            for info in _infos(tar, path, images):
                 key, extension = _split(info.name)
                 if extension in (".cls", ".json") and info.isreg() and info.size <= _LABEL_BYTES:
                     found = _label(tar, info)
@@ -137,7 +137,7 @@ def _images(path: str) -> list[_Member]:
     return kept
 
 
-def _infos(tar: tarfile.TarFile, size: int, images: list[_Member]) -> Iterator[tarfile.TarInfo]:
+def _infos(tar: tarfile.TarFile, path: str, images: list[_Member]) -> Iterator[tarfile.TarInfo]:
     """The members' headers; a header that cannot be read becomes an item with the reason."""
     first = True
     while True:
@@ -147,12 +147,17 @@ def _infos(tar: tarfile.TarFile, size: int, images: list[_Member]) -> Iterator[t
         except (tarfile.TarError, OSError, ValueError, OverflowError) as error:
             if first:
                 raise tarfile.ReadError(str(error)) from error
-            cut_off = bool(images) and at >= size  # said against the last image itself
+            cut_off = bool(images) and at >= os.path.getsize(path)  # said against the last image itself
             if not cut_off:
                 reason = f"the tar's header at byte {at} is damaged ({error}); what follows cannot be found"
                 images.append(_Member(f"(rest of the tar from byte {at}).jpg", at, 0, reason))
             return
-        if info is None:
+        if info is None:  # the end, or what tarfile takes for it
+            with open(path, "rb") as raw:
+                raw.seek(at)
+                reason = f"the tar's header at byte {at} is damaged; what follows cannot be found"
+                if raw.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                    images.append(_Member(f"(rest of the tar from byte {at}).jpg", at, 0, reason))
             return
         first = False
         tar.members = []  # type: ignore[attr-defined]  # else the whole list is kept
