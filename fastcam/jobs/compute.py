@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastcam.explainer import Explainer
 from fastcam.methods import single
+from fastcam.program.rescale import UnsupportedOpError
 from fastcam.program.targets import class_scores
 
 from .layout import DONE, FAILED, TILE, Layout
@@ -96,7 +97,7 @@ class Attributor:
         labels = np.zeros((2, *np.shape(label)), dtype=np.int64) if np.ndim(label) == 1 else None
         try:
             result = self._explain(torch.zeros((2, *shape)), labels)
-        except (ValueError, TypeError, IndexError) as error:
+        except (ValueError, TypeError, IndexError, UnsupportedOpError) as error:
             raise JobError(str(error), usage=True) from error
         except RuntimeError as error:
             raise JobError(f"the first pass through the network failed: {error}") from error

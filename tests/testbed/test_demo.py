@@ -1,0 +1,25 @@
+"""Methods that cannot explain one of the demo's networks are rows with a reason, whatever kind of error says so."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+for package in ("sklearn", "skimage", "safetensors", "zarr"):
+    pytest.importorskip(package)
+
+import fastcam
+from fastcam.testbed import demo, load, make_scenes
+
+
+def test_methods_that_do_not_apply_are_rows_with_a_reason(tmp_path):
+    """RSP is for chains of convolutions (an unsupported operation), CAM for pooled linear heads (a bad value)."""
+    scenes = make_scenes(2)
+    (row,) = demo.measure("tiny_resnet", load("tiny_resnet"), scenes, ["rsp"], tmp_path)
+    assert "no relevance rule for aten::add" in row.reason
+    assert math.isnan(row.pointing)
+    (row,) = demo.measure("tiny_vgg", load("tiny_vgg"), scenes, ["cam"], tmp_path)
+    assert "cam needs a head" in row.reason
+    assert not list(tmp_path.iterdir())
+    assert "rsp" in fastcam.methods()
