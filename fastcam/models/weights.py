@@ -137,8 +137,8 @@ def _checkpoint(path: Path) -> Any:
         if found is None or not pickled:
             raise ValueError(f"{path} is no checkpoint that can be read") from None
         raise ValueError(
-            f"{path} is refused: it is pickled code, not only tensors ({found[1] or found[2]}), and reading it would run "
-            "that. Where you trust it, read it yourself and save its state dict: "
+            f"{path} is refused: it is pickled code, not only tensors ({found[1] or found[2]}), and reading it would "
+            "run that. Where you trust it, read it yourself and save its state dict: "
             "safetensors.torch.save_file(model.state_dict(), 'weights.safetensors')"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, TypeError, IndexError) as error:

@@ -6,8 +6,10 @@ import math
 
 import pytest
 
-for package in ("sklearn", "skimage", "safetensors", "zarr"):
-    pytest.importorskip(package)
+pytest.importorskip("sklearn")
+pytest.importorskip("skimage")
+pytest.importorskip("safetensors")
+pytest.importorskip("zarr")
 
 import fastcam
 from fastcam.testbed import demo, load, make_scenes
