@@ -293,8 +293,8 @@ def test_exported_programs_that_cannot_be_used(tmp_path, program):
 
 
 def test_timm(tmp_path):
-    timm = pytest.importorskip("timm")
     torchvision_models()
+    timm = pytest.importorskip("timm")
     own = timm.create_model("resnet10t", num_classes=4).eval()
     safetensors.save_file(own.state_dict(), tmp_path / "w.safetensors")
     loaded = load_model("timm:resnet10t", weights=tmp_path / "w.safetensors")
@@ -308,6 +308,7 @@ def test_timm(tmp_path):
 
 
 def test_transformers(tmp_path):
+    torchvision_models()
     transformers = pytest.importorskip("transformers")
     names = {0: "cat", 1: "dog", 2: "emu"}
     config = transformers.ResNetConfig(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -76,6 +77,7 @@ def _entry(entries: Any, weights: str | None) -> tuple[Any, bool]:
 
 def timm(name: str, weights: str | None) -> Built:
     """A classifier of timm; pictures as its configuration says (`resolve_data_config`)."""
+    torchvision_models()  # timm imports torchvision, which may have to be helped
     try:
         import timm as library
     except ImportError as error:
@@ -109,6 +111,8 @@ def hugging_face(name: str, weights: str | None) -> Built:
 
     Its output is a structure whose `logits` are the scores. Code from the Hub is never run.
     """
+    with contextlib.suppress(ImportError):
+        torchvision_models()  # transformers imports torchvision where there is one, which may have to be helped
     try:
         import transformers
     except ImportError as error:

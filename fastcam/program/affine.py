@@ -18,6 +18,7 @@ from fastcam._dtypes import accumulation_dtype
 
 from .capture import Program
 from .nodes import LEAVES, Node, Ref, op_name, refs_in
+from .targets import class_scores
 
 __all__ = ["AffineHead", "analyse"]
 
@@ -118,7 +119,7 @@ def _everywhere(rows: torch.Tensor, spatial: Sequence[int]) -> torch.Tensor:
 def _vjp(probe: torch.Tensor, classes: torch.Tensor, run: RunHead, leaves: dict[int, Any]) -> torch.Tensor:
     with torch.enable_grad():
         probe = probe.requires_grad_()
-        output = run(probe, leaves)
+        output = class_scores(run(probe, leaves))
         (found,) = torch.autograd.grad(output.gather(1, classes.unsqueeze(1)).sum(), probe)
     return found
 
