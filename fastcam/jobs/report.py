@@ -234,15 +234,16 @@ def _bars(title: str, names: list[str], heights: np.ndarray, low: str, high: str
 
 def _rows(title: str, names: list[str], counts: list[int], colour: str = "#3b6fb5") -> str:
     most, bars = max(counts), []
+    left = 14 + min(196, 7 * max(map(len, names)))
     for place, (name, count) in enumerate(zip(names, counts, strict=True)):
         y, wide = 16 * place, 150 * count / most
         shown = name if len(name) <= 32 else name[:31] + "…"
         bars.append(
             f'<g><title>{html.escape(name)}: {count}</title><text x="0" y="{y + 11}">{html.escape(shown)}</text>'
-            f'<rect x="210" y="{y + 1}" width="{wide:.1f}" height="12" fill="{colour}"/>'
-            f'<text x="{214 + wide:.1f}" y="{y + 11}">{count}</text></g>'
+            f'<rect x="{left}" y="{y + 1}" width="{wide:.1f}" height="12" fill="{colour}"/>'
+            f'<text x="{left + 4 + wide:.1f}" y="{y + 11}">{count}</text></g>'
         )
-    size = f'viewBox="0 0 410 {16 * len(names)}" width="410" height="{16 * len(names)}"'
+    size = f'viewBox="0 0 {left + 200} {16 * len(names)}" width="{left + 200}" height="{16 * len(names)}"'
     return f"<figure><figcaption>{html.escape(title)}</figcaption><svg {size}>{''.join(bars)}</svg></figure>"
 
 

@@ -107,11 +107,9 @@ def _panel(store: Store, pictures: Pictures, row: int, sure: float, path: Path) 
     label = pictures.label(row)
     said = "" if label is None else f"label {pictures.name(label)}   "
     said += "" if np.isnan(sure) else f"confidence {sure:.3f}"
-    group = render.Group(
-        render.to_pixels(view), f"{store.ids[row]}\n{said}{remark}", [(store.provenance["method"], cells)]
-    )
+    group = render.Group(render.to_pixels(view), f"{store.ids[row]}\n{said}{remark}", [("", cells)])
     titles = [_title(store, pictures, row, place, int(target)) for place, target in enumerate(targets)]
-    return render.panel([group], path, columns=titles, cell=224)
+    return render.panel([group], path, columns=titles, title=store.provenance["method"], cell=224)
 
 
 def _alone(one: torch.Tensor, colormap: str) -> torch.Tensor:
