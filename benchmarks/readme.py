@@ -107,6 +107,23 @@ REFERENCE_ROWS = {
     "integrated gradients, pooled": "integrated gradients, pooled to 12 x 12",
 }
 
+ADAPTED = {
+    "grad_cam": "pytorch-grad-cam",
+    "captum": "Captum",
+    "zennit": "Zennit",
+    "torchcam": "TorchCAM",
+    "quantus": "Quantus",
+}
+ADAPTER_GOALS = {
+    "grad_cam GradCAM resnet50 layer4": "2.5",
+    "captum DeepLift vgg16": "2",
+    "zennit epsilon_plus_flat resnet50": "4",
+    "zennit epsilon_alpha2_beta1 resnet50": "4",
+    "quantus PixelFlipping LeNet 28 x 28, 784 steps": "5",
+    "quantus PixelFlipping resnet18 32 x 32, 96 steps": "5",
+    "quantus PixelFlipping resnet18 224 x 224, 12 steps": "5",
+}
+
 CAM_MAP_SHAPES = ("8x2048x7x7", "8x512x14x14", "8x256x56x56", "32x2048x7x7", "64x2048x14x14", "64x1024x28x28")
 
 
@@ -556,6 +573,28 @@ def metric_costs() -> str:
     return "\n".join(lines)
 
 
+def adapters() -> str:
+    if not measured("adapters"):
+        return "Not measured yet (`python -P benchmarks/adapters/bench_adapters.py`)."
+    meta, rows, path = load("adapters")
+    lines = [
+        "Time of the library's own call over that of the adapter's, in the same rounds, after the results were compared; random weights, "
+        f"float32, batch 8, 224 x 224 unless the row says otherwise; {machine(meta)}. [{Path(path).name}](../{path}), from "
+        "`python -P benchmarks/adapters/bench_adapters.py` (`--all` for more rows), on a shared, noisy machine.",
+        "",
+        "| library | call | the library's, ms | fastcam's, ms | times faster | goal |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in rows.items():
+        peer, _, call = name.partition(" ")
+        theirs, ours = row["baselines_us"][peer] / 1e3, row["median_us"] / 1e3
+        speedup = "no match" if row["speedup"] is None else f"{row['speedup'][peer]:.2f}"
+        lines.append(
+            f"| {ADAPTED[peer]} | {call} | {theirs:.1f} | {ours:.1f} | {speedup} | {ADAPTER_GOALS.get(name, '1')} |"
+        )
+    return "\n".join(lines)
+
+
 #: Document -> its sections.
 DOCUMENTS = {
     "README.md": {
@@ -569,6 +608,7 @@ DOCUMENTS = {
     "docs/lfi-cam.md": {"lfi_cam": lfi_cam},
     "docs/faithfulness.md": {"claims": page.claims, "tables": page.tables},
     "docs/metrics.md": {"costs": metric_costs},
+    "docs/adapters.md": {"adapters": adapters},
 }
 
 
