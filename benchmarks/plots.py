@@ -56,7 +56,7 @@ def panels(rows: Sequence[dict[str, Any]], kind: str) -> list[Panel]:
                 (row["value"], row["median_us"] * row["pct_copy"] / 1e5) for row in some if row["subject"] == "cam_map"
             ]
             series.append(Series("copy_ of cam_map's bytes", copies, dashed=True))
-        found.append(Panel(f"over {axis}", LABELS[axis], "ms", series, guide=True))
+        found.append(Panel(f"over {axis}", LABELS[axis], "ms", series, guide=2 if axis == "side" else 1))
     return found
 
 

@@ -55,13 +55,13 @@ class Series:
 
 @dataclass(frozen=True)
 class Panel:
-    """One plot; `guide` adds a grey line that grows in proportion to x."""
+    """One plot; `guide` adds a grey line that grows as x to that power, 0 none."""
 
     title: str
     xlabel: str
     ylabel: str
     series: Sequence[Series]
-    guide: bool = False
+    guide: int = 0
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -151,7 +151,7 @@ def growth(panels: Sequence[Panel], columns: int | None = None) -> str:
                 labels.setdefault(label, handle)
         for axes in list(grid)[len(panels) :]:
             axes.remove()
-        place: Any = {"loc": "outside lower center", "ncols": min(6, len(labels))}
+        place: Any = {"loc": "outside lower center", "ncols": min(2 * across, len(labels))}
         figure.legend(list(labels.values()), list(labels), frameon=False, fontsize=8, **place)
         return _svg(figure)
 
@@ -169,7 +169,7 @@ def _draw(axes: Axes, panel: Panel, names: Sequence[str]) -> None:
         axes.plot(xs, ys, label=line.label, linewidth=1.5, **look)
     if panel.guide and len(ticks) > 1:
         start = min(line.points[0][1] for line in panel.series if line.points) * 0.6
-        end = start * ticks[-1] / ticks[0]
+        end = start * (ticks[-1] / ticks[0]) ** panel.guide
         axes.plot([ticks[0], ticks[-1]], [start, end], color="#bbb", linewidth=1, label="in proportion")
     axes.set(xscale="log", yscale="log", xlabel=panel.xlabel, ylabel=panel.ylabel)
     axes.set_title(panel.title, fontsize=9, loc="left")

@@ -43,7 +43,7 @@ def test_growth_has_one_legend_and_a_colour_a_subject():
     a, b = Series("a", [(1, 5.0), (2, 7.0)]), Series("b", [(1, 3.0), (2, 3.0)])
     panels = [
         Panel("time", "batch", "ms", [plain, b]),
-        Panel("memory", "batch", "MiB", [a, b], guide=True),
+        Panel("memory", "batch", "MiB", [a, b], guide=1),
     ]
     svg = growth(panels)
     assert svg == growth(panels)
