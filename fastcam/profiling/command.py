@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,7 +28,9 @@ def main(words: Sequence[str]) -> int:
     if threads:
         torch.set_num_threads(threads)
     try:
-        report = profile(**given, progress=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r"\s*(Setting (forward|backward)|Input Tensor \d)")  # Captum
+            report = profile(**given, progress=True)
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         print(f"fastcam profile: {error}", file=sys.stderr)
         return 2
