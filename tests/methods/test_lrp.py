@@ -96,8 +96,11 @@ def test_layers_of_one_walk_are_the_walks_that_end_there(composite):
 
 
 ZOO = [
-    *("resnet18", "vgg11_bn", "densenet121", "googlenet", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny"),
-    *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet50", "mobilenet_v2", "alexnet", "regnet_y_400mf")),
+    *("resnet18", "vgg11_bn", "densenet121", "googlenet", "mobilenet_v3_small", "convnext_tiny"),
+    *(
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("resnet50", "mobilenet_v2", "efficientnet_b0", "alexnet", "regnet_y_400mf")
+    ),
 ]
 
 

@@ -333,7 +333,7 @@ def test_max_pools_share_as_written(name, options):
                 want["ties"][place] += one * (value == max(values)) / values.count(max(values))
     for share, expect in want.items():
         found = fastcam.attribute(
-            Pooled(), x, "lrp", composite="epsilon_plus", seed=r.flatten(1), max_pool=share, normalize=False,
+            Pooled().eval(), x, "lrp", composite="epsilon_plus", seed=r.flatten(1), max_pool=share, normalize=False,
             return_relevance=True,
         )  # fmt: skip
         torch.testing.assert_close(found.extra["relevance"], expect, rtol=1e-12, atol=1e-12)
