@@ -296,9 +296,11 @@ def _without_odd(d: Draw) -> Draw:
     return d
 
 
-def _lfi_tensors(d: Draw) -> tuple[Tensor, Tensor, Tensor, int, int, int, int]:
+def _lfi_tensors(d: Draw, factors: int = 2) -> tuple[Tensor, Tensor, Tensor, int, int, int, int]:
     b, k, (h, w) = d.batch(), d.channels(), d.image_shape()
-    return d.values(b, k, h, w), d.values(b, 1, h, w, dtype=d.either()), d.values(b, k, dtype=d.either()), b, k, h, w
+    features = d.values(b, k, h, w, factors=factors)
+    grey, importance = (d.values(*shape, dtype=d.either(), factors=factors) for shape in ((b, 1, h, w), (b, k)))
+    return features, grey, importance, b, k, h, w
 
 
 def _lfi_mask(d: Draw) -> Case:
@@ -307,8 +309,8 @@ def _lfi_mask(d: Draw) -> Case:
 
 
 def _lfi_mask_backward(d: Draw) -> Case:
-    features, grey, _, *shape = _lfi_tensors(_without_odd(d))
-    return Case((d.laid(d.values(*shape)), d.laid(features), d.laid(grey)), checks.check_lfi_mask_backward)
+    features, grey, _, *shape = _lfi_tensors(_without_odd(d), 4)
+    return Case((d.laid(d.values(*shape, factors=4)), d.laid(features), d.laid(grey)), checks.check_lfi_mask_backward)
 
 
 def _lfi_attend(d: Draw) -> Case:
@@ -317,11 +319,19 @@ def _lfi_attend(d: Draw) -> Case:
 
 
 def _lfi_attend_backward(d: Draw) -> Case:
-    features, _, importance, b, k, h, w = _lfi_tensors(_without_odd(d))
+    features, _, importance, b, k, h, w = _lfi_tensors(_without_odd(d), 4)
     constant_map = d.rng.choice(("raw", "zeros"))
     _, attention, raw = fastcam.reference.lfi_attend(features, importance, constant_map)
-    maps = [d.values(b, 1, h, w, dtype=d.acc) if d.rng.random() < 0.7 else None for _ in range(2)]
-    arguments = (d.laid(d.values(b, k, h, w)), *maps, d.laid(features), importance, attention, raw, constant_map)
+    maps = [d.values(b, 1, h, w, dtype=d.acc, factors=4) if d.rng.random() < 0.7 else None for _ in range(2)]
+    arguments = (
+        d.laid(d.values(b, k, h, w, factors=4)),
+        *maps,
+        d.laid(features),
+        importance,
+        attention,
+        raw,
+        constant_map,
+    )
     return Case(arguments, checks.check_lfi_attend_backward)
 
 

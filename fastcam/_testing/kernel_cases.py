@@ -117,6 +117,9 @@ def check_cam_map(got: tuple[Tensor, Tensor, Tensor], *arguments: Any) -> None:
     normalize = arguments[4] if len(arguments) > 4 else True
     greatest = want_raw.abs().amax((-2, -1), keepdim=True)
     error = error + 8 * eps * greatest
+    if maps.shape[-2:] != raw.shape[-2:]:  # source coordinates are rounded too
+        lowest = want_raw.amin((-2, -1), keepdim=True)
+        error = error + 4 * eps * max(raw.shape[-2:]) * (want_raw.amax((-2, -1), keepdim=True) - lowest)
     if normalize:
         known = maps[finite]
         assert known.numel() == 0 or (known.amin() >= 0 and known.amax() <= 1)
