@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pickle
 import sys
+import warnings
 import zipfile
 
 import numpy as np
@@ -88,6 +89,11 @@ def test_pictures_that_cannot_be_prepared():
         Prepare()(picture(4, 4))
     with pytest.raises(ItemError, match="too narrow"):
         Prepare((224, 224), 256, "bilinear", (0.5,) * 3, (0.5,) * 3)(Image.new("RGB", (60000, 1)))
+    fixed = np.zeros((4, 4, 3), np.uint8)
+    fixed.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of numbers it may not write to
+        assert Prepare((4, 4), 4, "bilinear", (0.5,) * 3, (0.5,) * 3)(fixed).unique().tolist() == [-1]
     with pytest.raises(ItemError, match="uint8"):
         Prepare((4, 4), 4, "bilinear", (0.5,) * 3, (0.5,) * 3)(np.zeros((4, 4, 2), np.uint8))
 

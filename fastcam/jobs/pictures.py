@@ -58,8 +58,7 @@ class Pictures:
         stored = self.store.digests[row]
         if stored != item.digest:
             raise ItemError("its content is no longer what was explained")
-        prepared = isinstance(item.image, (np.ndarray, Tensor)) and torch.as_tensor(item.image).is_floating_point()
-        if not prepared:
+        if not (isinstance(item.image, (np.ndarray, Tensor)) and "float" in str(item.image.dtype)):
             pixels = np.array(self.prepare.view(item.image))
             values = torch.from_numpy(pixels[..., None] if pixels.ndim == 2 else pixels).permute(2, 0, 1).float() / 255
         else:

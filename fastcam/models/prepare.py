@@ -119,10 +119,8 @@ class Prepare:
 
     def __call__(self, image: pillow.Image | np.ndarray | Tensor) -> Tensor:
         """(C, H, W) float32."""
-        if isinstance(image, (np.ndarray, Tensor)):
-            values = torch.as_tensor(image)
-            if values.is_floating_point():
-                return values.to(torch.float32)
+        if isinstance(image, (np.ndarray, Tensor)) and "float" in str(image.dtype):
+            return torch.as_tensor(image).to(torch.float32)
         pixels = torch.from_numpy(np.array(self.view(image)))
         pixels = pixels.unsqueeze(0) if pixels.ndim == 2 else pixels.permute(2, 0, 1)
         mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (self.mean, self.std))
