@@ -10,10 +10,12 @@ from typing import Any
 
 from fastcam.backends import backend, backends
 from fastcam.explainer import Attribution, Explainer, attribute
+from fastcam.inputs import bind
 from fastcam.methods import methods
 from fastcam.pairs import Gallery, PairAttribution, PairExplainer, attribute_pair
 from fastcam.program.relevance import register_relevance_rule
 from fastcam.program.rescale import UnsupportedOpError, register_rescale_rule
+from fastcam.tiles import attribute_tiles
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,11 +28,14 @@ __all__ = [
     "__version__",
     "attribute",
     "attribute_pair",
+    "attribute_tiles",
     "backend",
     "backends",
+    "bind",
     "methods",
 ]
-__all__ += ["adapters", "metrics", "nn", "ops", "register_relevance_rule", "register_rescale_rule", "relevance"]
+__all__ += ["ExportError", "adapters", "export_program", "metrics", "nn", "ops", "register_relevance_rule"]
+__all__ += ["register_rescale_rule", "relevance"]
 
 
 def _adopt_checkout_kernels(pkg: str = __name__) -> None:
@@ -56,4 +61,6 @@ _adopt_checkout_kernels()
 def __getattr__(name: str) -> Any:
     if name in ("adapters", "jobs", "metrics", "nn", "ops", "profiling", "relevance", "render"):
         return importlib.import_module(f"fastcam.{name}")
+    if name in ("ExportError", "export_program"):  # whose imports are heavy
+        return getattr(importlib.import_module("fastcam.export"), name)
     raise AttributeError(f"module 'fastcam' has no attribute {name!r}")

@@ -79,6 +79,7 @@ class Network:
         pixels: bool = False,
         start: Callable[[Any, Any, int], int | str | None] | None = None,
         rewrite: Callable[[Program], Program] | None = None,
+        arranged: bool = False,
     ) -> Session:
         """The network at the layer: captured where possible, else through a hook.
 
@@ -86,6 +87,7 @@ class Network:
         pixels   whether layer=None means the images
         start    chooses the layer that layer=None stands for
         rewrite  what to make of the captured program first
+        arranged whether the caller rearranges the layer's output where it is no (B, K, *spatial)
         """
         # Another thread that traces this model swaps its parameters for stand-ins meanwhile.
         with exclusive:
@@ -104,7 +106,7 @@ class Network:
                 elif isinstance(layer, int):
                     feature, name = layer, layer_of(program, layer)
                 else:
-                    reshaped = options.reshape_transform is not None
+                    reshaped = arranged or options.reshape_transform is not None
                     feature, name = find_layer(program, self.model, layer, images.ndim - 2, reshaped)
             except (CaptureError, LayerNotInProgram) as reason:
                 return self._hooked(images, method, needs, pixels, str(reason))

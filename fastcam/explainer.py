@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from fastcam._network import Network, check_images, nonfinite_message, warn_if_training
+from fastcam._tracing import tracing
 from fastcam._watch import stage
 from fastcam.methods import single
 from fastcam.methods._maps import finish
@@ -20,8 +21,11 @@ from fastcam.methods.eigen_cam import smoothed
 from fastcam.program.forward import Backward, Forward, Session
 from fastcam.program.layers import check_spatial
 from fastcam.program.session import CapturedSession
-from fastcam.program.state import neutral_modes
+from fastcam.program.state import fingerprint, neutral_modes
 from fastcam.program.targets import Targets, TargetSpec, resolve_targets
+
+#: Straight lines kept by one explainer: one for each image size and kind of targets.
+_LINES = 8
 
 __all__ = ["Attribution", "Explainer", "at_layers", "attribute"]
 
@@ -83,6 +87,9 @@ class Explainer(Network):
     mean, std      how the images were normalised, one number a channel, for references named in pixels ("black"); None:
                    ImageNet's, where images have three channels
     compile        run trunk and head through `torch.compile`
+    differentiable maps, raw, scores, weights and delta keep their graph to the model's parameters, and to images that
+                   require gradients, for use inside training (docs/training-with-maps.md). What a method takes for
+                   granted - the class explained, the winner of a max pool - is constant
     options        the method's options; an unknown one is an error that lists the known ones
 
     Raises ValueError or TypeError for an unknown method, option, layer, precision or size.
@@ -104,6 +111,7 @@ class Explainer(Network):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         compile: bool = False,
+        differentiable: bool = False,
         **options: Any,
     ):
         super().__init__(
@@ -118,6 +126,11 @@ class Explainer(Network):
         self.method = single(method)
         self.options = self.method.make_options(options)
         self.pixels = _check_pixels(mean, std)
+        self.differentiable = differentiable
+        self._lines: dict[Any, tuple[nn.Module, Attribution]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_lines": {}}  # made again where it is unpickled
 
     def __repr__(self) -> str:
         return f"Explainer({type(self.model).__name__}, {self.method.name!r}, layer={self.layer!r})"
@@ -128,28 +141,75 @@ class Explainer(Network):
         warn_if_training(self.model)
         if images.shape[0] == 0:
             return self._empty(images, targets)
+        if self.differentiable:
+            return self._with_graph(images, targets)
         with neutral_modes():
             # Tensors made under inference_mode cannot take part in a graph; their copies can.
             return self._explain(images.clone() if images.is_inference() else images, targets)
 
     def _explain(self, images: torch.Tensor, targets: TargetSpec) -> Attribution:
+        return self._through(self._session(images), images, targets)
+
+    def _with_graph(self, images: torch.Tensor, targets: TargetSpec) -> Attribution:
+        """The attribution by the straight line of operators it comes down to, with the model's own parameters."""
+        given: tuple[torch.Tensor, ...] = ()
+        if (
+            targets is not None
+            and not isinstance(targets, str)
+            and (isinstance(targets, torch.Tensor) or not callable(targets))
+        ):
+            one = torch.as_tensor(targets, dtype=torch.int64, device=images.device)
+            given = (one.expand(images.shape[0]) if one.ndim == 0 else one,)
+        line, first = self._line(images, targets, given)
+        weights = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
+        read = {name: weights[name] for name in line.state_dict() if name in weights}
+        found = dataclasses.replace(first, **torch.func.functional_call(line, read, (images, *given)))
+        behaviour = self.options.on_nonfinite or ("raise" if images.device.type == "cpu" else "mask")
+        if behaviour == "raise" and not bool(found.valid.all()):
+            wrong = int((~found.valid).nonzero()[0])
+            raise ValueError(
+                f"the {self.method.name} map or the scores of image {wrong} are not finite, or its target does not "
+                "exist; pass on_nonfinite='mask' to get zeros there"
+            )
+        return found
+
+    def _line(
+        self, images: torch.Tensor, targets: TargetSpec, given: tuple[torch.Tensor, ...]
+    ) -> tuple[nn.Module, Attribution]:
+        """The straight line for images and targets of this kind, and an attribution without its tensors."""
+        chosen = given[0].shape[1:] if given else targets
+        key = (fingerprint(self.model), images.shape[1:], images.dtype, images.device, chosen)
+        if key not in self._lines:
+            from fastcam._straight_line import straight_line  # whose imports are heavy
+
+            with neutral_modes():
+                first = self._explain(images.detach().clone(), targets)
+            made = straight_line(self, images.detach(), targets, first.targets if given else None, _tensors)
+            while len(self._lines) >= _LINES:
+                del self._lines[next(iter(self._lines))]
+            blank: Any = dict.fromkeys(_tensors(first))
+            self._lines[key] = made.module(), dataclasses.replace(first, **blank)
+        return self._lines[key]
+
+    def _through(self, session: Session, images: torch.Tensor, targets: TargetSpec) -> Attribution:
+        """The attribution of `images` by their pass through the network of `session`."""
         by_index = not callable(targets) or isinstance(targets, torch.Tensor)
         needs = self.options.needed(self.method.needs)
-        session = self._session(images)
         with stage("head"):  # less the trunk, which is a stage inside
             passed = session.forward(images, needs, by_index)
-        return self._explained(images, passed, resolve_targets(targets, passed.output, len(images)))
+        return self._explained(images, passed, resolve_targets(targets, passed.output, images.shape[0]))
 
     def _explained(self, images: torch.Tensor, passed: Forward, resolved: Targets) -> Attribution:
         options = self.options
         needs = options.needed(self.method.needs)
         features = passed.features
-        if options.reshape_transform is not None:
-            features = options.reshape_transform(features)
-        check_spatial((None, *features.shape[1:]), passed.layer, images.ndim - 2, options.reshape_transform is not None)
         at_image = isinstance(needs, Backward) and needs.below
+        reshape = options.reshape_transform or (None if at_image else passed.session.arrangement())
+        if reshape is not None:
+            features = reshape(features)
+        check_spatial((None, *features.shape[1:]), passed.layer, images.ndim - 2, options.reshape_transform is not None)
         size = self._map_size(images.shape[2:], images if at_image else features, passed.layer)
-        passage = Passage(passed, images, features, resolved, options, self.pixels)
+        passage = Passage(passed, images, features, resolved, options, self.pixels, reshape)
         with stage("rules"):
             evidence = self.method.evidence(passage, options)
             if isinstance(options, CamOptions) and options.eigen_smooth and evidence.projection is None:
@@ -176,7 +236,16 @@ class Explainer(Network):
 
     def _session(self, images: torch.Tensor) -> Session:
         method, needs = self.method, self.options.needed(self.method.needs)
-        return self._network_at(images, method.name, self.options, needs, pixels=method.pixels, start=method.start)
+        at_image = isinstance(needs, Backward) and needs.below
+        return self._network_at(
+            images,
+            method.name,
+            self.options,
+            needs,
+            pixels=method.pixels,
+            start=method.start,
+            arranged=not at_image,
+        )
 
     def _check_finite(
         self,
@@ -196,7 +265,8 @@ class Explainer(Network):
             valid = valid & output.isfinite().flatten(1).all(dim=1)
         if targets.valid is not None:
             valid = valid & targets.valid
-        behaviour = self.options.on_nonfinite or ("raise" if maps.device.type == "cpu" else "mask")
+        raising = maps.device.type == "cpu" and not tracing()
+        behaviour = self.options.on_nonfinite or ("raise" if raising else "mask")
         if behaviour == "raise":
             if targets.valid is not None and not bool(targets.valid.all()):
                 raise IndexError(f"a target of image {int((~targets.valid).nonzero()[0])} is out of range")
@@ -229,6 +299,17 @@ class Explainer(Network):
             valid=one.valid[:0],
             extra=torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t[:0] if t.ndim else t, one.extra),
         )
+
+
+def _tensors(found: Attribution) -> dict[str, Any]:
+    """The parts of an attribution that are tensors, or made of them."""
+    names = ("maps", "raw", "scores", "targets", "weights", "delta", "valid", "extra")
+    parts = {name: getattr(found, name) for name in names}
+    return {name: part for name, part in parts.items() if torch.utils._pytree.tree_any(_is_tensor, part)}
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def attribute(

@@ -55,7 +55,7 @@ def finish(
         # A projection is a one-channel feature map with weight one, one row for each map.
         rank = features.ndim - 2
         rows = evidence.projection.flatten(0, -rank - 1).unsqueeze(1)
-        found = _reduce(rows, rows.new_ones((len(rows), 1)), None, relu, scaled, size)
+        found = _reduce(rows, rows.new_ones((rows.shape[0], 1)), None, relu, scaled, size)
         lead = evidence.projection.shape[: -rank or None]
         maps, raw, finite = (part.unflatten(0, lead) if len(lead) > 1 else part for part in found)
     elif evidence.multipliers is not None:
@@ -90,7 +90,7 @@ def _reduce(
     maps = raw if size is None else resized(raw, size)
     if normalize:
         rows = maps.flatten(0, -4).flatten(1).unsqueeze(1).unsqueeze(1)
-        scaled = ops.cam_map(rows, rows.new_ones((len(rows), 1)), relu=False)
+        scaled = ops.cam_map(rows, rows.new_ones((rows.shape[0], 1)), relu=False)
         maps = torch.where(finite[..., None, None, None], scaled.reshape(maps.shape), torch.nan)
     return maps, raw, finite
 

@@ -23,7 +23,9 @@ class MethodOptions:
     """Options every method takes.
 
     reshape_transform  callable that turns the layer's output (tokens, channels-last blocks) into (B, K, *spatial); it
-                       must only move elements around, since gradients go through it too
+                       must only move elements around, since gradients go through it too. None: as the network's graph
+                       has it (`fastcam.program.arrangement`): channels last are moved first, tokens laid out on the
+                       grid of the convolution that made them, class tokens and the like left out
     on_nonfinite       "raise": ValueError naming the tensor and the image · "mask": that image's maps are zeros and
                        `Attribution.valid` is False · None: raise on the CPU, mask on accelerators, where raising
                        would cost a synchronisation
@@ -89,7 +91,7 @@ class Passage:
     """A batch after its pass through the network, as a method sees it.
 
     images    (B, C, *spatial) as given
-    features  (B, K, *spatial), reshaped by `reshape_transform` where given
+    features  (B, K, *spatial), rearranged where the layer gives something else
     output    the model's output
     targets   the resolved targets
     layer     the layer's name
@@ -106,6 +108,7 @@ class Passage:
         targets: Targets,
         options: MethodOptions,
         pixels: Pixels | None = None,
+        reshape: Callable[[Tensor], Tensor] | None = None,
     ):
         self.images = images
         self.features = features
@@ -116,7 +119,12 @@ class Passage:
         self.linear = forward.linear
         self.pixels = pixels or Pixels()
         self._forward = forward
-        self._reshape = options.reshape_transform
+        self._reshape = reshape or options.reshape_transform
+
+    @property
+    def rearranged(self) -> bool:
+        """Whether the layer gives something else than (B, K, *spatial)."""
+        return self._reshape is not None
 
     @property
     def spatial_rank(self) -> int:
@@ -125,7 +133,7 @@ class Passage:
     def scores(self, output: Any = None) -> Tensor:
         """(B,) or (B, T) scores explained, of this pass or in another output of B or 1 rows."""
         output = self.output if output is None else output
-        batch = len(self.features)
+        batch = self.features.shape[0]
         output = torch.utils._pytree.tree_map_only(Tensor, lambda t: _rows(t, batch), output)
         if self.targets.indices is not None:
             chosen = self.targets.indices
@@ -186,7 +194,7 @@ class Passage:
     def score_slopes(self) -> list[Any]:
         """d score / d output for a target that is a callable: one for each tensor of the output."""
         leaf = lambda t: t.detach().requires_grad_() if t.is_floating_point() else t  # noqa: E731
-        return score_slopes(self.output, self.targets, None, len(self.images), self.layer, leaf)
+        return score_slopes(self.output, self.targets, None, self.images.shape[0], self.layer, leaf)
 
     def output_of(self, images: Tensor, folded: bool = False) -> Any:
         """The model's output for other images; `folded`: by the fastest way that is equal to rounding."""
@@ -196,7 +204,7 @@ class Passage:
         """Another pass, for the same targets, on images of the same shape, ready for gradients."""
         passed = self._forward.session.forward(images, "gradients", self.targets.indices is not None)
         features = passed.features if self._reshape is None else self._reshape(passed.features)
-        return Passage(passed, images, features, self.targets, options, self.pixels)
+        return Passage(passed, images, features, self.targets, options, self.pixels, self._reshape)
 
     def release(self) -> None:
         """Give up what was recorded for gradients, for methods that will take them from other passes."""
@@ -229,7 +237,7 @@ class Passage:
 
 
 def _rows(tensor: Tensor, batch: int) -> Tensor:
-    return tensor.expand(batch, *tensor.shape[1:]) if tensor.ndim and len(tensor) == 1 else tensor
+    return tensor.expand(batch, *tensor.shape[1:]) if tensor.ndim and tensor.shape[0] == 1 else tensor
 
 
 @dataclass(frozen=True)

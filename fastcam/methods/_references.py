@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastcam._tracing import tracing
 from fastcam.program.forward import Reference
 
 from ._method import Passage, Pixels
@@ -79,10 +80,10 @@ def reference_images(reference: str | Tensor, images: Tensor, pixels: Pixels, se
 def _given(reference: Tensor, images: Tensor) -> Tensor:
     if reference.shape == images.shape[1:]:
         reference = reference.unsqueeze(0)
-    if reference.shape[1:] != images.shape[1:] or reference.shape[0] not in (1, len(images)):
+    if reference.shape[1:] != images.shape[1:] or reference.shape[0] not in (1, images.shape[0]):
         shape = ", ".join(map(str, images.shape[1:]))
         raise ValueError(
-            f"a reference must have the images' shape, ({shape}), (1, {shape}) or ({len(images)}, {shape}); "
+            f"a reference must have the images' shape, ({shape}), (1, {shape}) or ({images.shape[0]}, {shape}); "
             f"got {tuple(reference.shape)}"
         )
     if reference.dtype != images.dtype or reference.device != images.device:
@@ -90,7 +91,7 @@ def _given(reference: Tensor, images: Tensor) -> Tensor:
             f"a reference must be {images.dtype} on {images.device} like the images; "
             f"got {reference.dtype} on {reference.device}"
         )
-    if not bool(reference.isfinite().all()):
+    if not tracing() and not bool(reference.isfinite().all()):
         raise ValueError("the reference is not finite: it holds NaN or infinity")
     return reference.detach()
 

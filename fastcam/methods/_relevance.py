@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fastcam._tracing import tracing
 from fastcam.program.forward import Backward
 
 from ._method import Evidence, MethodOptions, Passage
@@ -53,7 +54,7 @@ def columns(passage: Passage) -> list[Tensor]:
 
 def onehot(logits: Tensor, chosen: Tensor, value: Tensor | float = 1.0) -> Tensor:
     """`value` at the chosen class of each image, 0 elsewhere: (B, C)."""
-    values = torch.as_tensor(value, dtype=logits.dtype, device=logits.device).expand(len(logits))
+    values = torch.as_tensor(value, dtype=logits.dtype, device=logits.device).expand(logits.shape[0])
     return torch.zeros_like(logits).scatter_(1, chosen.unsqueeze(1), values.unsqueeze(1))
 
 
@@ -66,7 +67,8 @@ def onehot_columns(passage: Passage, seed: Seed | Tensor | Callable[[Tensor], Te
     if callable(seed) and not isinstance(seed, Tensor):
         seed = seed(logits)
     if isinstance(seed, Tensor):
-        if not isinstance(logits, Tensor) or seed.shape != logits.shape or not bool(seed.isfinite().all()):
+        finite = tracing() or bool(seed.isfinite().all())
+        if not isinstance(logits, Tensor) or seed.shape != logits.shape or not finite:
             shape = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
             raise ValueError(f"seed must hold finite numbers in the logits' shape {shape}; got {tuple(seed.shape)}")
         return [seed.to(logits)]

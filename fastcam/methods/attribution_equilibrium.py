@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from fastcam._tracing import tracing
 from fastcam.program.relevance.equilibrium import Equilibrium, start_layer
 
 from ._method import Evidence, Method, Passage
@@ -98,7 +99,7 @@ def attribution_equilibrium(passage: Passage, options: EquilibriumOptions) -> Ev
         total, size = seed.flatten(1).sum(1).abs(), seed.flatten(1).abs().sum(1)
         scale = torch.where(total > 1e-12 * size, total, 1.0)
         seeds.append(seed / scale.reshape(-1, *(1,) * (seed.ndim - 1)))
-        if seed.device.type == "cpu" and bool((size == 0).any()):
+        if seed.device.type == "cpu" and not tracing() and bool((size == 0).any()):
             warnings.warn(
                 f"the score's gradient at layer '{passage.layer}' is zero for {int((size == 0).sum())} of {len(size)} "
                 "images, whose maps are zero",

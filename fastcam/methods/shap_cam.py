@@ -150,7 +150,7 @@ def _reference_scores(passage: Passage, base: Tensor, options: ShapCamOptions, c
     # An affine head reads nothing of the image but the features, so that one row does for all; elsewhere what passes
     # the layer by, or what a reshape_transform drops, is each image's own.
     batch = len(passage.features)
-    count = len(base) if closed and options.reshape_transform is None else batch
+    count = len(base) if closed and not passage.rearranged else batch
     rows = torch.arange(count, device=base.device)
     return passage.scores(passage.output_with(base.expand(count, *base.shape[1:]).contiguous(), rows))
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from fastcam._dtypes import accumulation_dtype
+from fastcam._tracing import tracing
 
 from .capture import Program
 from .nodes import LEAVES, Node, Ref, op_name, refs_in
@@ -56,7 +57,7 @@ class AffineHead:
 
     def holds(self, run: RunHead, leaves: dict[int, Any], features: torch.Tensor) -> bool:
         """Whether the analysis agrees with autograd on random features; checked at the first call, then remembered."""
-        if self._verdict is None:
+        if self._verdict is None and not tracing():
             self._verdict = self._verify(run, leaves, features)
             if self._verdict is False:
                 log.warning("a head that looks affine is not; its gradients are taken by autograd")
@@ -73,8 +74,12 @@ class AffineHead:
         if self._average:
             hot = torch.nn.functional.one_hot(classes, like.shape[1]).to(accumulation_dtype(like.dtype))
             return _everywhere(hot / self._positions, spatial)
-        unique, inverse = torch.unique(classes, return_inverse=True)
-        found = torch.cat([self._rows(part, run, leaves, like) for part in unique.split(_CHUNK)])
+        if tracing():  # how many classes there are is a matter of numbers
+            unique, inverse = classes.flatten(), torch.arange(classes.numel(), device=like.device).view_as(classes)
+            found = self._rows(unique, run, leaves, like)
+        else:
+            unique, inverse = torch.unique(classes, return_inverse=True)
+            found = torch.cat([self._rows(part, run, leaves, like) for part in unique.split(_CHUNK)])
         if self.uniform:
             return _everywhere(found.flatten(2)[..., 0][inverse], spatial)
         return found[inverse]
@@ -89,7 +94,7 @@ class AffineHead:
 
     @staticmethod
     def _rows(classes: torch.Tensor, run: RunHead, leaves: dict[int, Any], like: torch.Tensor) -> torch.Tensor:
-        probe = like.new_zeros((len(classes), *like.shape[1:]))
+        probe = like.new_zeros((classes.shape[0], *like.shape[1:]))
         return _vjp(probe, classes, run, leaves)
 
     def _verify(self, run: RunHead, leaves: dict[int, Any], like: torch.Tensor) -> bool | None:

@@ -65,7 +65,7 @@ class Biases:
         """The output and the graph behind it, on the features `values` holds; those become the graph's leaf."""
         leaf = values[self._feature].detach().requires_grad_()
         values[self._feature] = leaf
-        batch, sink = len(leaf), _Sink()
+        batch, sink = leaf.shape[0], _Sink()
 
         def watch(index: int) -> None:
             adding = self._adding.get(index)
@@ -154,7 +154,7 @@ class _Adding:
         return offset if beta is None else offset + beta
 
     def arranged(self, product: Tensor, batch: int) -> tuple[Tensor, bool]:
-        if self.channel is not None and len(product) == batch:
+        if self.channel is not None and product.shape[0] == batch:
             return product.movedim(self.channel, 1), True
         follows = [dim for dim, size in enumerate(self.node.shape or ()) if size is None] or [0]
         if product.shape[follows[0]] % batch:

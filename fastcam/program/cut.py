@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
 
 from .affine import AffineHead, analyse
+from .arrangement import arrangement
 from .biases import Biases
 from .capture import Program
 from .execute import Schedule
@@ -133,6 +135,11 @@ class Cut:
             nodes = [node for node in nodes if node.index not in after]
         return RelevanceWalk(self.program, stop, nodes, sizes, composer, ends, self.packed, rest)
 
+    @cached_property
+    def arrangement(self) -> Callable[[Tensor], Tensor] | None:
+        """What brings the layer's output into (B, K, *spatial)."""
+        return arrangement(self.program, self.feature, self.layer)
+
     def entering(self, values: Mapping[int, Any]) -> dict[int, Any]:
         """What enters the head beside the features and weights, out of the trunk's values."""
         return {index: values[index] for index in self._entering if index in values}
@@ -142,7 +149,7 @@ class Cut:
         values = dict(leaves)
         values[self.feature] = probe
         for index in self.sizes:
-            values[index] = len(probe)
+            values[index] = probe.shape[0]
         self._probe.run(values)
         return self.program.result(values)
 

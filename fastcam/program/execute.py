@@ -58,17 +58,22 @@ class Weights:
 
     def values(self) -> dict[int, torch.Tensor]:
         """Node index -> tensor, detached, for every leaf the output needs."""
-        live = self._live()
+        live = self.sources()
         if self._dtype is None and not self._channels_last and not self._folded and not self._lasting:
             return live
         keys = self._freshness.keys(live)
         return {index: self._convert(index, live, keys) for index in self._needed}
 
+    def made_of(self, sources: dict[int, torch.Tensor]) -> dict[int, torch.Tensor]:
+        """As `values`, of other tensors in the place of `sources()`; nothing is kept."""
+        return {index: self._make(index, sources) for index in self._needed}
+
     def version(self) -> Hashable:
         """Equal to what it was exactly when every leaf is (`fastcam.program.freshness`)."""
-        return tuple(self._freshness.keys(self._live()).values())
+        return tuple(self._freshness.keys(self.sources()).values())
 
-    def _live(self) -> dict[int, torch.Tensor]:
+    def sources(self) -> dict[int, torch.Tensor]:
+        """Node index -> tensor, detached, for every leaf of the model that `values` are made of."""
         live = {index: owner[name].detach() for index, owner, name in self._slots}
         live.update(self._constants)
         return live
@@ -79,14 +84,18 @@ class Weights:
         kept = self._converted.get(index)
         if kept is not None and kept[0] == key:
             return kept[1]
+        made = self._make(index, live)
+        self._converted[index] = (key, made)
+        return made
+
+    def _make(self, index: int, live: dict[int, torch.Tensor]) -> torch.Tensor:
+        folded = self._folded.get(index)
         tensor = folded.compute(live) if folded is not None else live[index]
         dtype = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
         layout = torch.preserve_format
         if self._channels_last and tensor.ndim in (4, 5):
             layout = torch.channels_last if tensor.ndim == 4 else torch.channels_last_3d
-        made = tensor.to(dtype=dtype, memory_format=layout)
-        self._converted[index] = (key, made)
-        return made
+        return tensor.to(dtype=dtype, memory_format=layout)
 
 
 class Schedule:

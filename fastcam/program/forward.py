@@ -67,6 +67,10 @@ class Session(ABC):
                 that is possible. Equal to rounding
         """
 
+    def arrangement(self) -> Callable[[Tensor], Tensor] | None:
+        """What brings the layer's output into (B, K, *spatial), where it is known and needed."""
+        return None
+
     def shared_reference(self, key: Hashable, make: Callable[[], Reference]) -> Reference:
         """`make()`, or what it gave for the same key and the same weights."""
         return make()

@@ -11,7 +11,7 @@ from .capture import Program
 from .nodes import Node, Ref, op_name
 
 __all__ = ["LayerNotInProgram", "check_spatial", "find_layer", "layer_names", "layer_of", "several_outputs"]
-__all__ += ["unknown_layer"]
+__all__ += ["is_channels_last", "shown", "unknown_layer"]
 
 
 _KEEPS_ORDER = frozenset({"getitem", "clone", "contiguous", "alias", "_to_copy"})
@@ -91,10 +91,10 @@ def _find(
 ) -> tuple[int, str]:
     index, name = _last_spatial(program, spatial_rank) if layer is None else _named(program, model, layer)
     shape = program.nodes[index].shape or ()
-    if not reshaped and len(shape) == spatial_rank + 2 and _is_channels_last(program, index):
+    if not reshaped and len(shape) == spatial_rank + 2 and is_channels_last(program, index):
         order = ", ".join(str(d) for d in (0, spatial_rank + 1, *range(1, spatial_rank + 1)))
         raise UnfitLayerType(
-            f"layer '{name}' gives feature maps with their channels last, {_shown(shape)}; "
+            f"layer '{name}' gives feature maps with their channels last, {shown(shape)}; "
             f"pass layer='{name}', reshape_transform=lambda t: t.permute({order})"
         )
     return index, name
@@ -115,11 +115,11 @@ def _named(program: Program, model: nn.Module, layer: str | nn.Module) -> tuple[
     raise LayerNotInProgram(f"layer '{names[0]}' computes nothing the output needs")
 
 
-def _shown(shape: tuple[int | None, ...]) -> str:
+def shown(shape: tuple[int | None, ...]) -> str:
     return "(" + ", ".join("B" if size is None else str(size) for size in shape) + ")"
 
 
-def _is_channels_last(program: Program, index: int) -> bool:
+def is_channels_last(program: Program, index: int) -> bool:
     """Whether a value has its channels in the last dimension: a linear layer or layer norm over that dimension made it,
     perhaps followed by elementwise steps."""
     seen: set[int] = set()
@@ -139,16 +139,16 @@ def check_spatial(shape: tuple[int | None, ...], name: str, spatial_rank: int, r
     """Raise unless `shape` is (B, K, *spatial); `reshaped` says that the user's `reshape_transform` made it."""
     if len(shape) == spatial_rank + 2:
         return
-    shown = _shown(shape)
+    given = shown(shape)
     if reshaped:
-        raise TypeError(f"reshape_transform made {shown} of layer '{name}'; it must return (B, K, *spatial)")
+        raise TypeError(f"reshape_transform made {given} of layer '{name}'; it must return (B, K, *spatial)")
     if len(shape) == 3:
         raise UnfitLayerType(
-            f"layer '{name}' gives tokens of shape {shown}, not feature maps; "
+            f"layer '{name}' gives tokens of shape {given}, not feature maps; "
             "pass reshape_transform=callable that turns them into (B, K, H, W)"
         )
     raise UnfitLayerShape(
-        f"layer '{name}' has no spatial extent: its output has shape {shown}, expected (B, K, *spatial)"
+        f"layer '{name}' has no spatial extent: its output has shape {given}, expected (B, K, *spatial)"
     )
 
 

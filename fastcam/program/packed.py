@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastcam._tracing import tracing
+
 __all__ = ["PackedConvolution", "packs"]
 
 
@@ -64,7 +66,7 @@ def _supported(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def packs(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether convolutions of this kind run on packed weights."""
-    if device.type != "cpu":
+    if tracing() or device.type != "cpu":
         return False
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_reorder_convolution_weight"):
         return False

@@ -69,7 +69,7 @@ class SignedWalk:
 
     def propagate(self, features: Tensor, reference: Tensor, given: Mapping[int, Any]) -> Propagated:
         """The pass forwards; both feature maps (B, K, *spatial), `given` the weights and what else enters the head."""
-        constants = dict(given) | dict.fromkeys(self._sizes, len(features))
+        constants = dict(given) | dict.fromkeys(self._sizes, features.shape[0])
         difference = features - reference
         parts = {self._feature: Parts(reference, features, *parts_of(difference))}
         shapes, saved = {self._feature: features.shape}, {}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcam._tracing import tracing
 from fastcam._watch import stage
 
 from .affine import AffineHead
@@ -145,13 +146,16 @@ class CapturedSession(Session):
     """`Session` of a captured network.
 
     folded  makes the binding of the same network with batch norms folded; None where this is it
+    leaves  other weights than the model's (`Weights.made_of`)
     """
 
-    def __init__(self, bound: Bound, folded: Callable[[], Bound] | None = None):
+    def __init__(
+        self, bound: Bound, folded: Callable[[], Bound] | None = None, leaves: dict[int, Tensor] | None = None
+    ):
         self.layer = bound.cut.layer
         self.bound = bound
         self.cut = bound.cut
-        self.leaves = bound.weights.values()
+        self.leaves = bound.weights.values() if leaves is None else leaves
         self._make_folded = folded
         self._folded: CapturedSession | None = None
 
@@ -165,7 +169,7 @@ class CapturedSession(Session):
         if isinstance(needs, Backward):
             walk_below = self.bound.relevance_walk(needs)
             with neutral_modes(), stage("trunk"):
-                passed = walk_below.record(self._prepared(images), self.leaves, len(images))
+                passed = walk_below.record(self._prepared(images), self.leaves, images.shape[0])
             walked, values, needs = (walk_below, passed), dict(passed.values), "gradients"
         else:
             values = self._trunk(images)
@@ -175,7 +179,7 @@ class CapturedSession(Session):
             closed_form = closed_form and needs not in ("features", "biases")
             affine = self._affine(features, by_index) if closed_form else None
             if needs == "multipliers" and affine is None:
-                recorded = self.cut.walk().record(features, self.leaves | entering, len(images))
+                recorded = self.cut.walk().record(features, self.leaves | entering, images.shape[0])
                 return CapturedForward(self, features, recorded.output, entering, recorded=recorded)
             walk = self.cut.signed_walk() if needs == "parts" and affine is None else None
             if needs in ("features", "closed_form") or affine is not None or walk is not None:
@@ -259,7 +263,7 @@ class CapturedSession(Session):
         walk = self.bound.relevance_walk(needs)
         features, entering = values[self.cut.feature], self.cut.entering(values)
         with neutral_modes():
-            passed = walk.record(features, self.leaves | entering, len(images))
+            passed = walk.record(features, self.leaves | entering, images.shape[0])
             output = detached(self.cut.program.result(passed.values))
         return CapturedForward(self, features, output, entering, walked=(walk, passed))
 
@@ -273,9 +277,12 @@ class CapturedSession(Session):
             return self._folded.output(images)
         return self._run_head(self._trunk(images))
 
+    def arrangement(self) -> Callable[[Tensor], Tensor] | None:
+        return self.cut.arrangement
+
     def shared_reference(self, key: Hashable, make: Callable[[], Reference]) -> Reference:
         """`make()`, or what it gave for the same key, weights and rules; the latest few are kept."""
-        if self.cut.bypass:  # then it depends on the images too
+        if self.cut.bypass or tracing():  # with a bypass it depends on the images too
             return make()
         kept = self.bound.references
         key = (key, known(), self.bound.weights.version())
@@ -394,13 +401,13 @@ class CapturedForward(Forward):
         cut, leaves = self.session.cut, self.session.leaves
         if targets.indices is not None:
             return affine.gradients(targets.indices, cut.run_probe, leaves, self.features)
-        (slopes,) = score_slopes(self.output, targets, None, len(self.features), self.layer, _leaf)
+        (slopes,) = score_slopes(self.output, targets, None, self.features.shape[0], self.layer, _leaf)
         return affine.from_scores(slopes, leaves, self.features)
 
     def reference(self, features: Tensor) -> Reference:
-        if self.session.cut.bypass and len(features) != len(self.features):
+        if self.session.cut.bypass and features.shape[0] != self.features.shape[0]:
             features = features.expand(self.features.shape)
-        rows = len(features)
+        rows = features.shape[0]
         features = features.to(self.features.dtype)
         if self._recorded is None:
             index = torch.arange(rows, device=features.device)
@@ -425,7 +432,7 @@ class CapturedForward(Forward):
         recorded = reference.recorded
         # A kept reference may stem from a call that took the closed form, and one image may not do for this batch.
         if recorded is None or not one_for_all(self._recorded, recorded):
-            recorded = self._record(reference.features.expand(self.features.shape), len(self.features))
+            recorded = self._record(reference.features.expand(self.features.shape), self.features.shape[0])
         found = []
         with neutral_modes():
             for column in columns_of(targets):
@@ -443,7 +450,7 @@ class CapturedForward(Forward):
 
     def _seeds(self, targets: Targets, column: int | None, reference: Reference) -> dict[int, Tensor]:
         """Multipliers at the outputs: slopes of the score, which must be the same in both passes."""
-        batch = len(self.features)
+        batch = self.features.shape[0]
         if targets.indices is not None:
             scores = class_scores(self.output)
             places = torch.utils._pytree.tree_leaves(self.output)
@@ -456,7 +463,7 @@ class CapturedForward(Forward):
         for leaf, slope, other in zip(self.session.cut.program.outputs, here, there, strict=True):
             if slope is None:
                 continue
-            if not torch.allclose(slope, other):
+            if not tracing() and not torch.allclose(slope, other):
                 raise ValueError(
                     "DeepLIFT multipliers need a target that is linear in the model's output, such as a class or a "
                     "difference of classes; this callable's slope changes between image and reference. Put what is not "
@@ -472,7 +479,7 @@ class CapturedForward(Forward):
             for index, value in self._entering.items()
         }
         for index in self.session.cut.sizes:
-            values[index] = len(features)
+            values[index] = features.shape[0]
         values[self.session.cut.feature] = features.to(self.features.dtype)
         return self.session._run_head(values)
 
@@ -482,4 +489,4 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 
 def _rows(tensor: Tensor, batch: int) -> Tensor:
-    return tensor.expand(batch, *tensor.shape[1:]) if tensor.ndim and len(tensor) == 1 else tensor
+    return tensor.expand(batch, *tensor.shape[1:]) if tensor.ndim and tensor.shape[0] == 1 else tensor

@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from fastcam._tracing import tracing
+
 __all__ = ["TargetSpec", "Targets", "class_scores", "resolve_targets", "scores_of"]
 
 TargetSpec: TypeAlias = (
@@ -130,7 +132,7 @@ def _as_indices(
         raise ValueError(f"targets of shape {tuple(indices.shape)} name no class for any image")
     indices = indices.to(torch.int64)
     wrong = (indices < 0) | (indices >= classes)
-    if indices.device.type == "cpu":
+    if indices.device.type == "cpu" and not tracing():
         if bool(wrong.any()):
             raise IndexError(
                 f"target {int(indices[wrong][0])} is out of range: the model's classes are 0 to {classes - 1}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcam import ops
+from fastcam._tracing import tracing
 
 from ..capture import Program
 from ..nodes import Node, Ref, op_name
@@ -96,7 +97,7 @@ class Equilibrium:
             for some in _portions(x, whole[0]):
                 here = x[some]
                 divisors = _divisors(here, weight, geometry, self.threshold, walk.weights)
-                shape = torch.Size((3 * len(here), *x.shape[1:]))
+                shape = (3 * here.shape[0], *x.shape[1:])
                 for result, r, of in zip(results, whole, budgets, strict=True):
                     messages = ops.relevance_equilibrium(r[some], of[some], divisors, ratio)
                     parts = geometry.back(messages, weight, shape, walk.weights)
@@ -151,7 +152,7 @@ class Equilibrium:
 
 def _portions(x: Tensor, r: Tensor) -> list[slice]:
     """A layer's images, on CPUs in portions whose intermediate results stay in the cache and in memory used again."""
-    if x.device.type != "cpu":
+    if tracing() or x.device.type != "cpu":
         return [slice(None)]
     image = 3 * max(x[:1].numel(), r[:1].numel()) * x.element_size()
     step = max(1, _PORTION // max(1, image))
@@ -165,7 +166,7 @@ def _divisors(x: Tensor, weight: Tensor, geometry: Geometry, threshold: float, c
     nor on accelerators, whose float32 convolutions may be TF32. What is left of less than 2^-17 of c(1, V) in float32
     is rounding and counts as 0.
     """
-    few = x.dtype in (torch.float16, torch.bfloat16) or x.device.type != "cpu"
+    few = tracing() or x.dtype in (torch.float16, torch.bfloat16) or x.device.type != "cpu"
     found = geometry.apply(_bases(x, threshold, inactive=few), weight)
     if few or len(x) == 0:
         return found
@@ -185,6 +186,8 @@ def _divisors(x: Tensor, weight: Tensor, geometry: Geometry, threshold: float, c
 
 def _bases(x: Tensor, threshold: float, inactive: bool = True) -> Tensor:
     """max(x, 0), active and (on demand) inactive, one batch after the other, each image in the order of x."""
+    if tracing():
+        return torch.cat([x.clamp(min=0), (x > threshold).to(x.dtype), (x <= threshold).to(x.dtype)])
     stacked = _stack(x, (3 if inactive else 2) * len(x))
     for part, make in zip(stacked.split(len(x)) if len(x) else (), _BASES, strict=False):
         make(x, threshold, part)

@@ -302,7 +302,7 @@ class Layer:
         groups = self.geometry.groups
         if groups == 1:
             return torch.cat([one, other], self._channel)
-        pairs = [x.reshape(len(x), groups, -1, *x.shape[2:]) for x in (one, other)]
+        pairs = [x.reshape(x.shape[0], groups, -1, *x.shape[2:]) for x in (one, other)]
         return torch.cat(pairs, 2).flatten(1, 2)
 
     def _apart(self, both: Tensor) -> tuple[Tensor, Tensor]:
@@ -310,7 +310,7 @@ class Layer:
         if groups == 1:
             one, other = both.chunk(2, self._channel)
             return one, other
-        pairs = both.reshape(len(both), groups, 2, -1, *both.shape[2:])
+        pairs = both.reshape(both.shape[0], groups, 2, -1, *both.shape[2:])
         return pairs[:, :, 0].flatten(1, 2), pairs[:, :, 1].flatten(1, 2)
 
     def _beside_weights(self, one: Tensor, other: Tensor) -> Tensor:

@@ -277,7 +277,7 @@ class ZBox(Weighted):
             if bound[0].numel() == 1:  # one number an image: the same sums, scaled
                 sums = sums - bound * layer.forward(torch.ones_like(x[:1]), weight)
             else:
-                sums = sums - layer.forward(bound.expand(len(bound), *x.shape[1:]).contiguous(), weight)
+                sums = sums - layer.forward(bound.expand(bound.shape[0], *x.shape[1:]).contiguous(), weight)
         return sums, low, high
 
     def send(self, layer: Layer, prepared: tuple[Tensor, Tensor, Tensor], relevance: Relevance) -> Relevance:

@@ -1,0 +1,33 @@
+"""Whether a graph is being traced rather than numbers computed.
+
+While it is, tensors are stand-ins: nothing may be decided by their values, nothing made of them may outlive the trace,
+and only plain ATen operators may run, in their PyTorch references.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+from fastcam.backends import backend
+
+__all__ = ["traced", "tracing"]
+
+_TRACING: ContextVar[bool] = ContextVar("fastcam_tracing", default=False)
+
+
+def tracing() -> bool:
+    """Whether this thread or task is inside `traced()`."""
+    return _TRACING.get()
+
+
+@contextlib.contextmanager
+def traced() -> Iterator[None]:
+    """`tracing()` is true inside, and ops are their references."""
+    token = _TRACING.set(True)
+    try:
+        with backend("reference"):
+            yield
+    finally:
+        _TRACING.reset(token)
