@@ -175,7 +175,7 @@ class Graph:
         columns = columns_of(targets)
         for number, column in enumerate(columns):
             with torch.enable_grad():
-                score = scores_of(self._output, targets, column, len(leaves[0]), self._layers[0]).sum()
+                score = scores_of(self._output, targets, column, leaves[0].shape[0], self._layers[0]).sum()
             if not score.requires_grad:
                 raise RuntimeError(f"the score does not depend on layer '{self._layers[0]}'")
             keep = number + 1 < len(columns)
