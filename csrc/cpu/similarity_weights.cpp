@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_weights(const Tensor& first, const
   x.dissimilarity = dissimilarity;
   const auto acc = accumulation_dtype(first.scalar_type());
   x.contributions = empty_result({batch, channels}, acc), x.weights = empty_result({batch, channels}, acc);
-  x.total = fastcam::empty({batch}, first.options().dtype(acc));
+  x.total = fastcam::empty(batch, first.options().dtype(acc));
   if (batch > 0) {
     x.first = dense_rows(first), x.second = dense_rows(second);
     switch (first.scalar_type()) {

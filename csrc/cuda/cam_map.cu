@@ -25,7 +25,7 @@ void compute(CamMapArgs<T> x, const Tensor& features, const Tensor& weights, con
   x.weights = weights.const_data_ptr();
   x.maps = maps.mutable_data_ptr<A>(), x.raw = raw.mutable_data_ptr<A>(), x.finite = finite.mutable_data_ptr<bool>();
   const CamMapPlan<T> plan = plan_cam_map(x);
-  const Tensor partials = fastcam::empty({plan.partials}, raw.options()), stats = fastcam::empty({plan.stats}, raw.options());
+  const Tensor partials = fastcam::empty(plan.partials, raw.options()), stats = fastcam::empty(plan.stats, raw.options());
   C10_CUDA_CHECK(run_cam_map(plan, partials.mutable_data_ptr<A>(), stats.mutable_data_ptr<A>(), x,
                              c10::cuda::getCurrentCUDAStream().stream()));
 }

@@ -36,7 +36,7 @@ void compute(const Tensor& features, const Tensor& multipliers, const Tensor& re
   x.reference_batch = reference.defined() && reference.size(0) > 1 ? x.channels * x.positions : 0;
   x.mode = mode;
   const WeightPlan<T> plan = plan_channel_weights(x, channels_last);
-  const Tensor scratch = fastcam::empty({plan.scratch}, out.options());
+  const Tensor scratch = fastcam::empty(plan.scratch, out.options());
   C10_CUDA_CHECK(run_channel_weights(plan, scratch.mutable_data_ptr<A>(), c10::cuda::getCurrentCUDAStream().stream()));
 }
 

@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor> lfi_attend(const Tensor& features, const Tens
     args.attention = fresh_elements<A>(attention), args.raw = fresh_elements<A>(raw);
     args.shape = x.shape(), args.keeps_constant = keeps;
     const auto plan = plan_lfi_attend(args);
-    const Tensor partials = fastcam::empty({plan.partials}, options);
+    const Tensor partials = fastcam::empty(plan.partials, options);
     C10_CUDA_CHECK(
         run_lfi_attend(plan, args, fresh_elements<A>(partials), c10::cuda::getCurrentCUDAStream().stream()));
   });

@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor> lfi_attend_backward(const Tensor& grad_attended, cons
     args.grad_importance = fresh_elements<A>(grad_s), args.map_gradient = fresh_elements<A>(map_gradient);
     args.shape = x.shape(), args.keeps_constant = keeps;
     const auto plan = plan_lfi_attend_backward(args);
-    const Tensor partials = fastcam::empty({plan.partials}, p.options());
+    const Tensor partials = fastcam::empty(plan.partials, p.options());
     C10_CUDA_CHECK(
         run_lfi_attend_backward(plan, args, fresh_elements<A>(partials), c10::cuda::getCurrentCUDAStream().stream()));
   });

@@ -28,8 +28,8 @@ Tensor relevance_combine(const Tensor& inputs, const Tensor& parts, const Tensor
   const int64_t batch = x.size(0), length = x.numel() / batch;
   Tensor counts, units;
   if (shift) {
-    counts = fastcam::empty({batch * sum_chunks_of(length)}, x.options().dtype(at::kInt));
-    units = fastcam::empty({batch}, b.options());
+    counts = fastcam::empty(batch * sum_chunks_of(length), x.options().dtype(at::kInt));
+    units = fastcam::empty(batch, b.options());
   }
   by_element_type(op, x, [&](auto zero) {
     using T = decltype(zero);

@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> similarity_weights(const Tensor& first, const
   const c10::cuda::CUDAGuard guard(first.device());
   const auto options = first.options().dtype(accumulation_dtype(first.scalar_type()));
   const Tensor contributions = fastcam::empty({batch, channels}, options), weights = fastcam::empty({batch, channels}, options);
-  const Tensor total = fastcam::empty({batch}, options);
+  const Tensor total = fastcam::empty(batch, options);
   const Tensor u = dense_rows(first), v = dense_rows(second);
   by_element_type("similarity_weights", u, [&](auto zero) {
     using T = decltype(zero);
