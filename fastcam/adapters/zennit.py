@@ -68,6 +68,9 @@ class Translation(ours.Composite):
     norm: ours.Rule = field(default_factory=ours.Gradient)
     sums: Mapping[str, ours.Rule] = field(default_factory=dict)
 
+    def check(self, walk: RelevanceWalk) -> None:
+        """Nothing: names are those of the model's own modules, some of which, like merged batch norms, take no step."""
+
     def exception(self, module: str) -> ours.Rule | None:
         return self.names.get(module)
 

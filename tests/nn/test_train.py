@@ -84,7 +84,7 @@ def test_stopped_after_any_epoch_it_ends_with_the_same_weights(tmp_path):
 
 
 COMMAND = [
-    *(sys.executable, "-P", "-m", "fastcam.nn.train", "--data", "testbed", "--images", "160", "--network", "resnet8"),
+    *(sys.executable, "-P", "-m", "fastcam.nn.train", "--data", "testbed", "--images", "96", "--network", "resnet8"),
     *("--epochs", "3", "--batch", "32", "--drops", "2", "--threads", "1", "--workers", "1", "--resume"),
 ]
 
@@ -104,7 +104,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path):
     assert whole.returncode == 0, text
     assert "test accuracy" in text
     rng = random.Random(0)
-    for _ in range(4):
+    for _ in range(3):
         process = run(tmp_path / "killed")
         try:
             process.wait(timeout=rng.uniform(0.3, 1) * length)
