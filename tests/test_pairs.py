@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import math
 import weakref
@@ -607,3 +608,22 @@ def test_registry_tells_of_sfam():
     facts = fastcam.methods()["sfam"]
     assert facts["options"]["metric"] == "cosine"
     assert "reconstructed" in fastcam.attribute_pair(network("none"), pictures(1), pictures(1, 2)).options["certainty"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("normalised", [True, False])
+def test_half_precision_embeddings(dtype, normalised):
+    """512 numbers an embedding, whose lengths are nearly alike on noise: what is normalised is told in float64."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(3, 512, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = nn.Sequential(body, *([Normalised()] if normalised else [])).eval()
+    a, b = pictures(2).float(), pictures(2, seed=7).float()
+    wanted = fastcam.attribute_pair(model, a, b)
+    found = fastcam.attribute_pair(copy.deepcopy(model).to(dtype), a.to(dtype), b.to(dtype))
+    assert nn.functional.cosine_similarity(found.maps_a.flatten(), wanted.maps_a.flatten(), dim=0) >= 0.999
+    torch.testing.assert_close(found.score.float(), wanted.score.float(), rtol=0, atol=1e-2)
+
+
+class Normalised(nn.Module):
+    def forward(self, x):
+        return nn.functional.normalize(x)

@@ -45,6 +45,8 @@ class SfamOptions(CamOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.eigen_smooth:
+            raise ValueError("sfam takes no eigen_smooth: its maps are sums of weighted channels")
         for name, known in (
             ("metric", ("cosine", "euclidean")),
             ("euclidean_term", ("neg_sq", "cross", "inverse")),

@@ -30,6 +30,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastcam._torchvision import torchvision_models
+
 from .backbones import densenet_bc, resnet, resnext29, without_classifier
 from .data import ImageFolder, Images, augmented, digits, image_folder
 from .lfi_cam import LFICAM
@@ -236,13 +238,12 @@ def lfi_cam_of(network: str, classes: int, size: int, *, branch: bool = True, st
 
 def _library_model(library: str, name: str) -> nn.Module:
     if library == "torchvision":
-        import torchvision.models as models
-
-        make = getattr(models, name, None)
+        make = getattr(torchvision_models(), name, None)
         if not name.startswith(("resnet", "resnext", "wide_resnet")) or make is None:
             raise ValueError(f"torchvision has no ResNet called {name!r}")
         return make(weights=None)
     if library == "timm":
+        torchvision_models()  # which timm imports
         import timm
 
         return timm.create_model(name, pretrained=False)
@@ -406,7 +407,8 @@ def _run(given: argparse.Namespace) -> int:
     torch.manual_seed(given.seed)
     built = (given.network, len(names), given.size, not given.plain, given.stem)
     model = lfi_cam_of(*built[:3], branch=built[3], stem=built[4]).to(given.device)
-    about = {"built": list(built), "classes": names, "data": given.data}
+    data = given.data if given.data == "testbed" else str(Path(given.data).resolve())
+    about = {"built": list(built), "classes": names, "data": data}
     report = train(
         model, images, recipe, given.out, resume=given.resume, workers=given.workers, note=print, about=about
     )

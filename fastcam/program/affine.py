@@ -19,7 +19,6 @@ from fastcam._tracing import tracing
 
 from .capture import Program
 from .nodes import LEAVES, Node, Ref, op_name, refs_in
-from .targets import class_scores
 
 __all__ = ["AffineHead", "analyse"]
 
@@ -124,7 +123,7 @@ def _everywhere(rows: torch.Tensor, spatial: Sequence[int]) -> torch.Tensor:
 def _vjp(probe: torch.Tensor, classes: torch.Tensor, run: RunHead, leaves: dict[int, Any]) -> torch.Tensor:
     with torch.enable_grad():
         probe = probe.requires_grad_()
-        output = class_scores(run(probe, leaves))
+        (output,) = torch.utils._pytree.tree_leaves(run(probe, leaves))  # in whatever structure
         (found,) = torch.autograd.grad(output.gather(1, classes.unsqueeze(1)).sum(), probe)
     return found
 

@@ -56,10 +56,12 @@ def _decide(program: Program, leaves: Mapping[int, Tensor]) -> Unnormalised | No
     if last is None or last.shape is None or len(last.shape) != 2 or (last.shape[1] or 0) < 2:
         return Unnormalised(program)
     sources = _sources(program, last)
-    values = _values(program, leaves, {last.index, *sources})
+    # Rounding of half types would hide what tells lengths apart.
+    wide = {index: leaf.double() if leaf.is_floating_point() else leaf for index, leaf in leaves.items()}
+    values = _values(program, wide, {last.index, *sources})
     rows = values[last.index].double()
     lengths = rows.norm(dim=1)
-    within = _TOLERANCE.get(last.dtype or torch.float32, 2e-2)
+    within = _TOLERANCE.get(values[last.index].dtype, 2e-2)
     length = float(lengths.mean())
     if length == 0 or bool((rows - rows[:1]).abs().max() <= within * length):
         return None

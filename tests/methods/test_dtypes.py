@@ -207,3 +207,17 @@ def test_one_dimensional_multipliers_are_not_targets(oracle):
     maps, raw = oracle.explain(net, "features", x, "hires_cam", oracle.logit([1] * 3))
     assert got.raw.shape == raw.shape == (3, 8)  # and the layer has 8 channels
     torch.testing.assert_close(got.maps, maps, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", ["attribution_equilibrium", "rsp"])
+def test_relevance_of_pixels_in_bfloat16(method):
+    """Networks of that dtype and `precision="bf16"` alike: the float32 maps, but for rounding."""
+    net, x = models.vgg_like(), images((16, 16), dtype=torch.float32)
+    options = {"targets": torch.tensor([[0, 1]] * len(x))} if method == "rsp" else {"targets": [2, 0, 4]}
+    wanted = fastcam.Explainer(net.float(), method)(x, **options).maps
+    half = copy.deepcopy(net).bfloat16()
+    for found in (
+        fastcam.Explainer(half, method)(x.bfloat16(), **options).maps,
+        fastcam.Explainer(net, method, precision="bf16")(x, **options).maps,
+    ):
+        assert nn.functional.cosine_similarity(found.flatten(), wanted.flatten(), dim=0) >= 0.99

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+import fastcam
 from fastcam.program.affine import AffineHead
 from fastcam.program.capture import capture
 from fastcam.program.cut import cut
@@ -193,3 +194,27 @@ def test_a_skip_connection_around_the_layer_is_not_closed_form():
     found = passed.gradients(resolve_targets([0, 1, 2], passed.output, 3))
     expected = (model.fc.weight[[0, 1, 2]] / 30)[..., None, None].expand_as(found)
     torch.testing.assert_close(found, expected)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, net: nn.Module, wrap):
+        super().__init__()
+        self.net, self.wrap = net, wrap
+
+    def forward(self, x):
+        return self.wrap(self.net(x))
+
+
+@pytest.mark.parametrize("method", ["lift_cam", "cam", "grad_cam", "xgrad_cam", "layer_cam"])
+@pytest.mark.parametrize(
+    ("wrap", "score"),
+    [(lambda z: {"scores": z}, lambda out: out["scores"][:, 1]), (lambda z: (z,), lambda out: out[0][:, 1])],
+    ids=["dict", "tuple"],
+)
+def test_structures_of_one_tensor(wrap, score, method):
+    """A callable target on an output that holds its one tensor in a structure: the maps are the plain network's."""
+    torch.manual_seed(0)
+    net = Net(nn.Sequential(gap(), nn.Flatten(), nn.Linear(K, 4))).eval().double()
+    x = torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    wrapped = fastcam.attribute(Wrapped(net, wrap).eval(), x, method, targets=score)
+    torch.testing.assert_close(wrapped.maps, fastcam.attribute(net, x, method, targets=1).maps, rtol=0, atol=1e-12)

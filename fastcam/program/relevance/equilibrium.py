@@ -91,7 +91,7 @@ class Equilibrium:
             x, weight = step.get(source.index), walk.weights.get(found[0], "magnitude", torch.abs)
             pointwise = self._is_pointwise(geometry, weight)
             ratio = 1.0 if pointwise else self.ratio
-            whole = [one.tensor() for one in given]
+            whole = [one.tensor().to(x.dtype) for one in given]
             budgets = [ops.relevance_budgets(r) for r in whole]
             results: list[list[Tensor]] = [[] for _ in given]
             for some in _portions(x, whole[0]):

@@ -68,7 +68,8 @@ def _convolution(walk: RelevanceWalk, node: Node, active: frozenset[int]) -> Way
         weight = found[0]
         x = step.get(source.index).clamp(min=0)
         pointwise = weight.shape[2] == 1
-        return {source.index: [Relevance(_passed(geometry, x, one.tensor(), weight.shape, pointwise)) for one in given]}
+        whole = [one.tensor().to(x.dtype) for one in given]
+        return {source.index: [Relevance(_passed(geometry, x, r, weight.shape, pointwise)) for r in whole]}
 
     return Way(take)
 
