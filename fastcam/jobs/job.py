@@ -275,9 +275,9 @@ def work(job: Ready, meter: Meter, blocks: Sequence[int]) -> None:
     except OSError:
         raise  # the disk takes nothing more; what is done stands in the journal
     except BaseException:
-        job.writer.settle()
+        job.writer.settle(blocks)
         raise
-    job.writer.settle()
+    job.writer.settle(blocks)
 
 
 def _record_unreadable(job: Job, meter: Meter) -> None:

@@ -43,8 +43,8 @@ class Summary:
 
     @property
     def exit_code(self) -> int:
-        """0 where every item is done, 3 where some failed."""
-        return 3 if self.failed else 0
+        """0 where every item is done, 3 where some failed, 1 where some were not reached."""
+        return 1 if self.done + self.failed < self.items else 3 if self.failed else 0
 
     def to_json(self) -> dict[str, Any]:
         return {**dataclasses.asdict(self), "store": str(self.store), "exit_code": self.exit_code}

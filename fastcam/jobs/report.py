@@ -8,6 +8,7 @@ import html
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from collections import Counter
@@ -69,8 +70,7 @@ def report(
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.with_name(f"{out.stem}_files")
-    if folder.is_dir():  # of an earlier page
-        shutil.rmtree(folder)
+    _clear(folder)
     inside: list[str | None] = []
     held = 0
     for row, data in enumerate(_thumbnails(pictures, count, side, workers)):
@@ -91,6 +91,16 @@ def report(
     partial.write_text(_page(store, facts), encoding="utf-8")
     os.replace(partial, out)
     return out
+
+
+def _clear(folder: Path) -> None:
+    """Delete the thumbnails of an earlier page; FileExistsError where the folder holds anything else."""
+    if not folder.is_dir():
+        return
+    foreign = [path.name for path in folder.iterdir() if not re.fullmatch(r"\d+\.webp", path.name)]
+    if foreign:
+        raise FileExistsError(f"{folder} holds {foreign[0]!r}, which no report made; choose another --out")
+    shutil.rmtree(folder)
 
 
 def _thumbnails(pictures: Pictures, count: int, side: int, workers: int | None) -> Iterator[bytes | None]:

@@ -17,7 +17,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ __all__ = ["BlockWriter", "JobError", "Lock", "create", "differences", "facts_of
 ATTRIBUTE = "fastcam"
 JOURNAL = "journal"
 LOCK = "writer.lock"
+CREATING = "creating"
 #: Letters of a reason that are kept.
 LONGEST = 1000
 #: Seconds after which a block that is not full yet is written all the same, for those who look at a running job.
@@ -112,12 +113,12 @@ def facts_of(root: Path) -> dict[str, Any] | None:
     Raises JobError where `root` holds something that is not a store of fastcam's.
     """
     path = root / "zarr.json"
-    found = json.loads(path.read_text())["attributes"].get(ATTRIBUTE) if path.is_file() else None
+    found = json.loads(path.read_text()).get("attributes", {}).get(ATTRIBUTE) if path.is_file() else None
     if found is None and root.exists():
-        ours = {LOCK, JOURNAL, "zarr.json", "ids", *Layout(0, (), False, ()).columns()}
         if not root.is_dir():
             raise JobError(f"{root} is a file; choose another --out", usage=True)
-        foreign = sorted(p.name for p in root.iterdir() if p.name not in ours and not p.name.endswith(".partial"))
+        begun = (root / CREATING).exists()
+        foreign = sorted(p.name for p in root.iterdir() if p.name != LOCK and not begun)
         if foreign:
             what = f"holds {foreign[0]!r} and is no store of fastcam's"
             raise JobError(f"{root} {what}; choose another --out", usage=True)
@@ -125,15 +126,20 @@ def facts_of(root: Path) -> dict[str, Any] | None:
 
 
 def create(root: Path, layout: Layout, ids: list[str], facts: Mapping[str, Any]) -> None:
-    """An empty store in a locked folder. The provenance is written last: with it the store exists."""
+    """An empty store in a locked folder. The provenance is written last: with it the store exists.
+
+    A mark says that what lies in the folder until then is of a creation, and may be deleted by the next.
+    """
     zarr = need_zarr()
+    write_durably(root / CREATING, b"")
     for path in root.iterdir():
-        if path.name != LOCK:
+        if path.name not in (LOCK, CREATING):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     sync_folder(root.absolute().parent)  # the store's own name
     create_arrays(root, layout, ids)
     group = zarr.open_group(durable_store(root), mode="a", zarr_format=3)
     group.attrs.update({ATTRIBUTE: {**facts, "layout": layout.to_json()}})
+    (root / CREATING).unlink()
 
 
 #: What makes two jobs the same job, with the words a user knows it by.
@@ -228,15 +234,20 @@ class BlockWriter:
         for path in self._journal(block.index):
             path.unlink(missing_ok=True)
 
-    def settle(self) -> None:
-        """Move every journalled result into the arrays."""
+    def settle(self, blocks: Sequence[int] = ()) -> None:
+        """Move the journalled results of some blocks (none named: of all) into the arrays.
+
+        Who owns some blocks only must name them: the others' journals are being written by their owners.
+        """
         self.flush()
-        for index in sorted({int(path.name[:8]) for path in (self.root / JOURNAL).glob("*.npz")}):
+        left = {int(path.name[:8]) for path in (self.root / JOURNAL).glob("*.npz")}
+        for index in sorted(left.intersection(blocks) if blocks else left):
             self._at(index)
             self.flush()
         self._open = None
-        with contextlib.suppress(OSError):  # not there, or another worker's batches are in it
-            (self.root / JOURNAL).rmdir()
+        if not blocks:
+            with contextlib.suppress(OSError):  # not there
+                (self.root / JOURNAL).rmdir()
 
     def _at(self, index: int) -> _Block:
         if self._open is not None and self._open.index == index:

@@ -16,7 +16,7 @@ for _package in ("zarr", "matplotlib"):
     pytest.importorskip(_package)
 
 from fastcam.jobs import Store, run  # noqa: E402
-from fastcam.jobs.report import main, report  # noqa: E402
+from fastcam.jobs.report import _clear, main, report  # noqa: E402
 
 EVIL = "</script><script>alert(1)</script>{{DATA}}<!--&"
 
@@ -113,3 +113,17 @@ def test_command(job, tmp_path, capsys):
     assert read(tmp_path / "a/r.html")[2]["ids"] == ["item 0", "item 1"]
     assert main(["report", str(tmp_path / "no.zarr")]) == 2
     assert "holds no store" in capsys.readouterr().err
+
+
+def test_only_thumbnails_of_an_earlier_page_are_deleted(tmp_path):
+    """Browsers call the pictures of a saved page as we do: `page_files`."""
+    folder = tmp_path / "page_files"
+    folder.mkdir()
+    (folder / "0.webp").write_bytes(b"old")
+    _clear(folder)
+    assert not folder.exists()
+    folder.mkdir()
+    (folder / "mine.txt").write_bytes(b"precious")
+    with pytest.raises(FileExistsError, match=r"holds 'mine.txt', which no report made"):
+        _clear(folder)
+    assert (folder / "mine.txt").read_bytes() == b"precious"

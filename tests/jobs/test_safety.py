@@ -257,6 +257,39 @@ def test_another_folder_is_not_touched(model, source, tmp_path):
     assert (tmp_path / "holiday.jpg").read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize("name", ["maps", "journal", "status"])
+def test_a_folder_with_the_names_of_a_store_is_not_touched(model, source, tmp_path, name):
+    """Only what a creation marked as its own may be deleted."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine.txt").write_bytes(b"precious")
+    with pytest.raises(jobs.JobError, match=f"holds '{name}' and is no store"):
+        jobs.run(model, source, tmp_path)
+    assert (tmp_path / name / "mine.txt").read_bytes() == b"precious"
+
+
+def test_owners_of_blocks_leave_the_journals_of_others(tmp_path):
+    """Three writers, a block of four batches each, taking turns: each settles its own, and every row is there."""
+    shape = layout.Layout(192, (2, 2), False, (3,), block=64)
+    writer.create(tmp_path, shape, [str(row) for row in range(192)], {})
+    writers = [writer.BlockWriter(tmp_path, shape) for _ in range(3)]
+    for batch in range(4):
+        for block, each in enumerate(writers):
+            rows = np.arange(16) + 64 * block + 16 * batch
+            results = shape.empty(16)
+            results["scores"][:] = rows[:, None]
+            results["status"][:] = DONE
+            each.append(rows, results)
+            if batch == 2:
+                each.settle([block])
+    for block, each in enumerate(writers):
+        each.settle([block])
+    last = writer.BlockWriter(tmp_path, shape)
+    last.settle()
+    group = layout.need_zarr().open_group(tmp_path, mode="r")
+    assert (group["status"][:] == DONE).all()
+    assert (group["scores"][:] == np.arange(192)[:, None]).all()
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [

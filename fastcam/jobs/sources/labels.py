@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ._decode import ItemError
-from ._source import Item, Source
+from ._source import Item, Source, digest_of
 from ._table import as_label, columns, rows_by_id
 
 __all__ = ["Labelled"]
@@ -51,7 +51,8 @@ class Labelled:
         return self._source.load(index)
 
     def describe(self) -> dict[str, Any]:
-        return self._source.describe() | {"labels": self.path, "classes": None}
+        given = {"labels": self.path, "labels_hash": digest_of(self._labels.tobytes()), "classes": None}
+        return self._source.describe() | given
 
     def _read(self) -> np.ndarray:
         texts, ids = self._cells()

@@ -75,5 +75,7 @@ class ManifestSource:
             "where": printable(self.where),
             "items": len(self),
             "ids_hash": self._keys.digest(),
+            "paths_hash": self._paths.digest(),
+            "labels_hash": None if self._labels is None else digest_of(self._labels.tobytes()),
             "classes": None,
         }

@@ -102,6 +102,7 @@ class TarSource:
             "where": printable(self.where),
             "items": len(self),
             "ids_hash": self._keys.digest(),
+            "labels_hash": digest_of(self._labels.tobytes()),
             "classes": None,
         }
 
