@@ -45,6 +45,7 @@ MORE = [
     ("lrp", vgg_like, None, {"composite": "epsilon_gamma_box", "low": -3.0, "high": 3.0}),
     ("relevance_cam", vgg_like, None, {}),
     ("eigen_cam", residual, None, {}),
+    ("rap", vgg_like, None, {}),
     ("full_grad", residual, None, {}),
     ("deep_lift", residual, None, {}),
 ]

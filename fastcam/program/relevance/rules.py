@@ -227,8 +227,9 @@ class Rap(_Split):
 def balanced(found: Tensor, given: Tensor) -> Tensor:
     """`found` less what it totals more than `given`, in equal parts from those of an image's entries that are not 0."""
     entries = found != 0
-    count = entries.flatten(1).sum(1)
-    excess = found.flatten(1).sum(1) - given.flatten(1).sum(1)
+    # Summed over dimensions: a view as rows would tie an exported program to the memory layout of its trace.
+    count = entries.sum(tuple(range(1, entries.ndim)))
+    excess = found.sum(tuple(range(1, found.ndim))) - given.sum(tuple(range(1, given.ndim)))
     unit = torch.where(count > 0, excess / count.clamp(min=1), 0.0)
     return found - unit.reshape(-1, *(1,) * (found.ndim - 1)) * entries
 
