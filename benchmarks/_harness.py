@@ -2,10 +2,11 @@
 
 Contract: outputs are compared before anything is timed; a row that does not match has `match: false` and no speed-up.
 The calls of a row take turns, so that drift and neighbours on the machine hit all alike; the figure is the median, with
-the interquartile range beside it. Threads are those of torch, recorded. `pct_copy` relates a row to `copy_` moving the
-same number of bytes (read plus written) in the same turn-taking. Timing and the JSON are those of `fastcam profile`
-(`fastcam.profiling.measure`, `fastcam.profiling.results`). Each suite writes
-`benchmarks/results/<version>/<suite>--<machine>--<device>.json`; the machine is a CPU or GPU model, never a host name.
+the interquartile range beside it, and a multiple is the median of the turns' quotients. Threads are those of torch,
+recorded. `pct_copy` relates a row to `copy_` moving the same number of bytes (read plus written) in the same turns.
+Timing and the JSON are those of `fastcam profile` (`fastcam.profiling.measure`, `fastcam.profiling.results`). Each
+suite writes `benchmarks/results/<version>/<suite>--<machine>--<device>.json`; the machine is a CPU or GPU model, never
+a host name.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Timing by turns, agreement of results, and copying as the measure of bandwidth.
 
 Outputs are compared before anything is timed. The calls that are to be compared take turns, so that drift and
-neighbours on the machine hit all alike; the figure is the median, with the interquartile range beside it.
+neighbours on the machine hit all alike; the figure is the median, with the interquartile range beside it, and of two
+calls compared the median of the turns' quotients.
 """
 
 from __future__ import annotations
@@ -93,8 +94,11 @@ def seconds_of(call: Callable[[], Any], device: str = "cpu") -> float:
 
 
 def ratio(times: Mapping[str, Sequence[float]], name: str, to: str) -> float:
-    """Median time of one call as a multiple of another's."""
-    return statistics.median(times[name]) / statistics.median(times[to])
+    """Time of one call as a multiple of another's: median over turns of the quotient of both times in that turn.
+
+    Drift of the machine hits both calls of a turn alike, so it leaves the quotient alone.
+    """
+    return statistics.median(mine / theirs for mine, theirs in zip(times[name], times[to], strict=True))
 
 
 def iqr(seconds: Sequence[float]) -> float:

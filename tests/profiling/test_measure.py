@@ -47,7 +47,10 @@ def test_a_row_holds_median_and_interquartile_range_in_microseconds():
     assert row["iqr_us"] == pytest.approx(52 - 1.5)  # quartiles 1.5 and 52 by the exclusive method
     assert (row["n"], row["match"], row["more"]) == (5, True, 7)
     assert measure.iqr([4.0]) == 0.0
-    assert measure.ratio({"a": [1.0, 9.0, 2.0], "b": [4.0]}, "a", "b") == 0.5
+    # By turns: quotients 0.5, 0.5 and 0.75; the quotient of the medians would be 3 / 4.
+    assert measure.ratio({"a": [1.0, 10.0, 3.0], "b": [2.0, 20.0, 4.0]}, "a", "b") == 0.5
+    with pytest.raises(ValueError, match="shorter"):
+        measure.ratio({"a": [1.0, 2.0], "b": [4.0]}, "a", "b")
 
 
 def document(**row) -> dict:
