@@ -28,13 +28,24 @@ from fastcam.profiling.measure import Calls, Results, agree, alternate, copier, 
 from fastcam.profiling.results import ROW_KEYS, machine_slug, metadata, row, storable, write_json
 
 __all__ = [
-    *("QUALITY_KEYS", "ROOT", "ROW_KEYS", "Calls", "agree", "alternate", "arguments", "copier", "op_row", "peak_mib"),
-    *("kept", "ratio", "row", "table", "write"),
+    *("QUALITY_KEYS", "ROOT", "ROW_KEYS", "Calls", "agree", "alternate", "arguments", "copier", "keep_heap"),
+    *("kept", "op_row", "peak_mib", "ratio", "row", "table", "write"),
 ]
 
 ROOT = Path(__file__).resolve().parent
 #: Rows of suites that measure how good a method is rather than how fast: a figure over n draws and its standard error.
 QUALITY_KEYS = ("name", "mean", "standard_error", "n")
+
+
+def keep_heap() -> None:
+    """Start this process again so that freed memory stays with it; for suites that compare with a forward pass.
+
+    The C library may give the memory of a pass back to the system and fault it in again, page by page, in the next: up
+    to a fifth of a ResNet-50's forward pass, in some states of the heap and for some of the calls.
+    """
+    kept = {"MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_MMAP_MAX_": "0"}
+    if not all(name in os.environ for name in kept):
+        os.execve(sys.executable, [sys.executable, "-P", *sys.argv], {**os.environ, **kept})
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -83,7 +94,8 @@ def peak_mib(script: str, setup: str, call: str, *arguments: object, **environme
         f"before = status('VmRSS:'); {call}; print(status('VmHWM:') - before)\n"
     )
     # Blocks above 1 MiB come from and go back to the system at once, so that resident memory follows the tensors.
-    at_once = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 20)}
+    at_once = {name: str(1 << 20) for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")}
+    at_once["MALLOC_MMAP_MAX_"] = str(1 << 16)  # the C library's default, whatever `keep_heap` has set
     command = [sys.executable, "-P", "-c", code, *map(str, arguments)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env={**os.environ, **at_once, **environment}

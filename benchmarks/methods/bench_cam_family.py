@@ -217,6 +217,7 @@ def bf16_similarity() -> dict[str, Any]:
 
 
 def main() -> None:
+    harness.keep_heap()
     options = harness.arguments(__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(options.threads)
     start = time.time()

@@ -177,6 +177,7 @@ def peak_mib(name: str, what: str) -> float:
 
 
 def main() -> None:
+    harness.keep_heap()
     options = harness.arguments(__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(options.threads)
     start = time.time()

@@ -88,6 +88,7 @@ def measure(options: Any) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    harness.keep_heap()
     options = harness.arguments((__doc__ or "").splitlines()[0]).parse_args()
     torch.set_num_threads(options.threads)
     harness.write(

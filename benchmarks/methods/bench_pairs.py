@@ -123,6 +123,7 @@ def gallery(options: Any) -> list[dict[str, Any]]:
 
 
 def main() -> None:
+    harness.keep_heap()
     parser = harness.arguments((__doc__ or "").splitlines()[0])
     parser.set_defaults(rounds=9)
     options = parser.parse_args()

@@ -144,6 +144,7 @@ def peak_mib(name: str, what: str) -> float:
 
 
 def main() -> None:
+    harness.keep_heap()
     options = harness.arguments((__doc__ or "").splitlines()[0]).parse_args()
     torch.set_num_threads(options.threads)
     rows: dict[str, dict[str, Any]] = {}

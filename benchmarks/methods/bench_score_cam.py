@@ -108,6 +108,7 @@ def peak_mib(chunk: int) -> float:
 
 
 def main() -> None:
+    harness.keep_heap()
     parser = harness.arguments(__doc__.splitlines()[0])
     parser.set_defaults(rounds=5)
     options = parser.parse_args()
