@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch.nn import functional
 
 from fastcam import ops
 from fastcam._dtypes import accumulation_dtype
+from fastcam.program.state import evaluating
+
+from .truncate import features_of
 
 __all__ = ["LFICAM", "FeatureImportanceNetwork", "LFICAMOutput"]
 
@@ -105,10 +108,12 @@ class LFICAM(nn.Module):
         model = fastcam.nn.LFICAM(fastcam.nn.resnet(20), num_classes=10)
         logits, attention, importance = model(images)
 
-    backbone      maps images (B, C, H, W) to features (B, K, h, w); `features_of` makes one of a classifier
+    backbone      maps images (B, C, H, W) to features (B, K, h, w), or a whole classifier, of which `features_of` takes
+                  the part up to `layer`, sharing its modules and parameters
     num_classes   of the linear layer
+    layer         dotted name or module of the backbone; None: its output, or where that is no feature map its last one
     channels      K; None: found by running the backbone on one black image of `image_size`
-    image_size    (C, H, W) of that image
+    image_size    (C, H, W) of that image; the only size that a backbone takes which `torch.fx` cannot trace
     tail          module between the attended features and the pooling (DenseNet's last norm and ReLU); None: nothing
     fin_kernel, fin_squeeze, fin_relu, fin_input, fin_init   the options of `FeatureImportanceNetwork`; fin_relu None:
                   "pairs" up to an `image_size` of 64 pixels, "all" beyond
@@ -116,8 +121,11 @@ class LFICAM(nn.Module):
     constant_map  attention of a constant P: "raw" P itself, which may exceed 1 · "zeros"
 
     Returns `LFICAMOutput`. Shapes: images (B, C, H, W), logits (B, classes), attention (B, 1, h, w), importance (B, K).
-    Errors: ValueError for features with a single position, for options as `FeatureImportanceNetwork`, and in
-    evaluation mode on the CPU for features that are not finite.
+    Errors: TypeError for a backbone that is no module; ValueError or RuntimeError as `features_of` where it cannot be
+    cut; ValueError for features with a single position, for options as `FeatureImportanceNetwork`, and in evaluation
+    mode on the CPU for features that are not finite.
+    With `attention=False` the importance network gets no gradient from the logits; DistributedDataParallel then wants
+    `find_unused_parameters=True`.
     Cost: backbone, four convolutions of K channels, linear layer; the rest is two fused ops, and two in the backward
     pass, which keep nothing of the features' size but the features.
     Source: Lee et al., LFI-CAM, ICCV 2021, arXiv 2105.00937; released network of TrustworthyAI-kr/LFI-CAM. Confirmed
@@ -129,6 +137,7 @@ class LFICAM(nn.Module):
         backbone: nn.Module,
         num_classes: int,
         *,
+        layer: str | nn.Module | None = None,
         channels: int | None = None,
         image_size: tuple[int, int, int] = (3, 64, 64),
         tail: nn.Module | None = None,
@@ -145,8 +154,7 @@ class LFICAM(nn.Module):
             raise ValueError(f"constant_map must be 'raw' or 'zeros'; got {constant_map!r}")
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1; got {num_classes}")
-        channels = _channels(backbone, image_size) if channels is None else channels
-        self.backbone = backbone
+        self.backbone, channels = _features(backbone, layer, channels, image_size)
         relu: Literal["pairs", "all"] = fin_relu or ("pairs" if max(image_size[1:]) <= 64 else "all")
         self.fin = FeatureImportanceNetwork(
             channels, kernel=fin_kernel, squeeze=fin_squeeze, relu=relu, input=fin_input, init=fin_init
@@ -175,9 +183,13 @@ def grey_at(images: Tensor, size: torch.Size) -> Tensor:
     return functional.interpolate(grey, size=tuple(size), mode="bilinear", align_corners=False)
 
 
-def _check_features(features: Tensor) -> None:
-    if features.ndim != 4:
-        raise ValueError(f"the backbone must give features (B, K, h, w); it gave {tuple(features.shape)}")
+def _check_features(features: Any) -> None:
+    if not isinstance(features, Tensor) or features.ndim != 4:
+        given = str(tuple(features.shape)) if isinstance(features, Tensor) else type(features).__name__
+        raise ValueError(
+            f"the backbone must give features (B, K, h, w); it gave {given}. Pass layer=, the name of the one that "
+            "gives them, or leave channels= out to have the last one found"
+        )
     if features.shape[2] * features.shape[3] == 1:
         raise ValueError(
             "the backbone's features have a single position, of which no map can be made; "
@@ -185,21 +197,32 @@ def _check_features(features: Tensor) -> None:
         )
 
 
-def _channels(backbone: nn.Module, image_size: tuple[int, int, int]) -> int:
-    example = next((p for p in backbone.parameters() if p.is_floating_point()), torch.zeros(()))
-    training = [module for module in backbone.modules() if module.training]
-    try:
-        for module in training:
-            module.training = False
-        with torch.no_grad():
-            features = backbone(example.new_zeros((1, *image_size)))
-    finally:
-        for module in training:
-            module.training = True
-    if not isinstance(features, Tensor):
-        raise ValueError(f"the backbone must give features (B, K, h, w); it gave {type(features).__name__}")
+def _features(
+    backbone: nn.Module, layer: str | nn.Module | None, channels: int | None, image_size: tuple[int, int, int]
+) -> tuple[nn.Module, int]:
+    """The part of the backbone that gives the features, and how many there are."""
+    if not isinstance(backbone, nn.Module):
+        raise TypeError(
+            f"backbone must be a torch.nn.Module; got {type(backbone).__name__}. Of a captured or exported network, "
+            "pass the module it was made from: it is captured again where that is needed"
+        )
+    parameter = next((p for p in backbone.parameters() if p.is_floating_point()), torch.zeros(()))
+    image = parameter.new_zeros((1, *image_size), requires_grad=False)
+    if layer is not None:
+        backbone = features_of(backbone, layer, image)
+    if channels is not None:
+        return backbone, channels
+    features = _run(backbone, image)
+    if layer is None and not (isinstance(features, Tensor) and features.ndim == 4):
+        backbone = features_of(backbone, None, image)
+        features = _run(backbone, image)
     _check_features(features)
-    return int(features.shape[1])
+    return backbone, int(features.shape[1])
+
+
+def _run(backbone: nn.Module, image: Tensor) -> Any:
+    with evaluating(backbone), torch.no_grad():
+        return backbone(image)
 
 
 def _traced() -> bool:

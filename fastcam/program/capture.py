@@ -52,6 +52,7 @@ class Program:
     found      layers looked up so far (filled by `fastcam.program.layers`)
     cuts       cuts made so far, by feature index and folding (filled by `fastcam.program.cut`)
     embedding  the same network without a final normalisation (filled by `fastcam.program.embedding`)
+    picked     the same network with one of its outputs alone, by that value (filled likewise)
     """
 
     nodes: tuple[Node, ...]
@@ -65,6 +66,7 @@ class Program:
     found: dict[tuple[Any, int, bool], tuple[int, str]] = field(default_factory=dict)
     cuts: dict[tuple[int, bool], Any] = field(default_factory=dict)
     embedding: Any = None
+    picked: dict[int, Any] = field(default_factory=dict)
 
     def result(self, values: dict[int, Any]) -> Any:
         """The model's output, in the structure the model returns it, from the computed values."""

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from .capture import Program
 from .execute import Schedule
+from .layers import shown
 from .nodes import LEAVES, Node, Ref, op_name
 from .state import neutral_modes
 
-__all__ = ["Unnormalised", "unnormalised"]
+__all__ = ["Unnormalised", "described", "picked", "sampled", "unnormalised"]
 
 _IMAGES = 4
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4}
@@ -36,6 +38,41 @@ class Unnormalised:
 
     program: Program
     length: float | None = None
+
+
+def picked(program: Program, pick: Callable[[Any], Any]) -> Program:
+    """`program` ending in the value that `pick` takes from its output; the same one for the same value.
+
+    Raises TypeError where `pick` does not take one of the output's tensors as it is.
+    """
+    output = _pytree.tree_unflatten(program.outputs, program.out_spec)
+    try:
+        chosen, wrong = pick(output), ""
+    except Exception as error:
+        chosen, wrong = None, f" ({type(error).__name__}: {error})"
+    if not isinstance(chosen, Ref):
+        raise TypeError(
+            f"embedding= must take one tensor of the model's output as it is, and this callable does not{wrong}; the "
+            f"model returns {described(output, program)}. Where more has to be computed, wrap the model in a module"
+        )
+    if chosen.index not in program.picked:
+        single = _pytree.tree_structure(0)
+        program.picked[chosen.index] = dataclasses.replace(
+            program, outputs=(chosen,), out_spec=single, found={}, cuts={}, embedding=None, picked={}
+        )
+    return program.picked[chosen.index]
+
+
+def described(output: Any, program: Program | None = None) -> str:
+    """What a model's output holds, for errors; of a program, with references for tensors."""
+    found = []
+    for path, leaf in _pytree.tree_flatten_with_path(output)[0]:
+        shape = program.nodes[leaf.index].shape if program is not None and isinstance(leaf, Ref) else None
+        size = (
+            shown(shape or ()) if shape else str(tuple(leaf.shape)) if isinstance(leaf, Tensor) else type(leaf).__name__
+        )
+        found.append(f"output{_pytree.keystr(path)} {size}")
+    return f"{type(output).__name__} with {', '.join(found)}" if found else type(output).__name__
 
 
 def unnormalised(program: Program, leaves: Mapping[int, Tensor]) -> Unnormalised:
@@ -58,7 +95,7 @@ def _decide(program: Program, leaves: Mapping[int, Tensor]) -> Unnormalised | No
     sources = _sources(program, last)
     # Rounding of half types would hide what tells lengths apart.
     wide = {index: leaf.double() if leaf.is_floating_point() else leaf for index, leaf in leaves.items()}
-    values = _values(program, wide, {last.index, *sources})
+    values = sampled(program, wide, {last.index, *sources})
     rows = values[last.index].double()
     lengths = rows.norm(dim=1)
     within = _TOLERANCE.get(values[last.index].dtype, 2e-2)
@@ -97,8 +134,8 @@ def _sources(program: Program, last: Node) -> set[int]:
     return found
 
 
-def _values(program: Program, leaves: Mapping[int, Tensor], wanted: set[int]) -> dict[int, Any]:
-    """Values computed from random images."""
+def sampled(program: Program, leaves: Mapping[int, Tensor], wanted: set[int]) -> dict[int, Any]:
+    """Values computed from random images, and these."""
     node = program.nodes[program.input]
     device = next((leaf.device for leaf in leaves.values()), torch.device("cpu"))
     drawn = torch.randn(
@@ -124,5 +161,5 @@ def _ending_at(program: Program, index: int) -> Program:
         )  # fmt: skip
         nodes, storage, index = (*nodes, flat), (*storage, storage[index]), flat.index
     return dataclasses.replace(
-        program, nodes=nodes, storage=storage, outputs=(Ref(index),), found={}, cuts={}, embedding=None
+        program, nodes=nodes, storage=storage, outputs=(Ref(index),), found={}, cuts={}, embedding=None, picked={}
     )

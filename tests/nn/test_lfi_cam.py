@@ -498,8 +498,10 @@ def test_bad_networks_and_images():
         small(constant_map="ones")
     with pytest.raises(ValueError, match="num_classes"):
         LFICAM(nn.Conv2d(3, 4, 3), 0)
-    with pytest.raises(ValueError, match=r"must give features \(B, K, h, w\); it gave \(1, 4\)"):
-        LFICAM(nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 2)
+    with pytest.raises(ValueError, match=r"must give features \(B, K, h, w\); it gave \(2, 4\)"):
+        LFICAM(nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 2, channels=4)(
+            pictures(2).float()
+        )
     with pytest.raises(ValueError, match="single position"):
         LFICAM(nn.Conv2d(3, 4, 3), 2, channels=4)(torch.randn(2, 3, 3, 3))
     bad = pictures(3)
