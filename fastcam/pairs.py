@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastcam._dtypes import accumulation_dtype
-from fastcam._network import Network, check_images, warn_if_training
-from fastcam.methods import pair
+from fastcam._embedding_network import EmbeddingNetwork, Side, SideOfPair, integers
+from fastcam.gallery import Gallery
 from fastcam.methods._maps import Maps, finish
 from fastcam.methods._method import Evidence, Shares
-from fastcam.program.capture import Program
-from fastcam.program.embedding import unnormalised
-from fastcam.program.execute import Weights
-from fastcam.program.forward import Forward, Session
-from fastcam.program.hooks import HookSession
-from fastcam.program.layers import check_spatial
-from fastcam.program.session import CapturedSession
 from fastcam.program.state import neutral_modes
-from fastcam.program.targets import Targets
-
-#: Features are no smaller than this where a power is taken of them.
-_SMALLEST = 1e-6
 
 __all__ = ["Gallery", "PairAttribution", "PairExplainer", "attribute_pair"]
 
@@ -72,45 +59,7 @@ class PairAttribution:
         return f"PairAttribution(method={self.method!r}, layer={self.layer!r}, maps_a=({shape}) {self.maps_a.dtype})"
 
 
-@dataclass(frozen=True, eq=False)
-class Gallery:
-    """Features and embeddings of N images, so that their network need not run again.
-
-    features    (N, K, *spatial) of the layer, as the network gives them
-    embeddings  (N, D)
-    labels      (N,) integers, or None
-    image       an image's own (C, *spatial)
-    layer       name of the layer
-    length      that the network brings its embeddings to in the end, or None (these are from before that)
-    """
-
-    features: Tensor
-    embeddings: Tensor
-    labels: Tensor | None
-    image: tuple[int, ...]
-    layer: str
-    length: float | None
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    def __getitem__(self, rows: Any) -> Gallery:
-        """The images of `rows`: a slice, integers or a mask."""
-        with contextlib.suppress(TypeError):
-            rows = [operator.index(rows)]
-        labels = None if self.labels is None else self.labels[rows]
-        return dataclasses.replace(self, features=self.features[rows], embeddings=self.embeddings[rows], labels=labels)
-
-
-_ONE_FOR_ONE = (
-    "this network at layer '{layer}' explains pairs of images one for one only; for galleries and all against all it "
-    "has to be captured, with nothing around the layer"
-)
-#: What a side of a comparison may be given as.
-Side: TypeAlias = Tensor | Gallery
-
-
-class PairExplainer(Network):
+class PairExplainer(EmbeddingNetwork):
     """A pair method bound to an embedding network; keeps capture, head analysis and converted weights between calls.
 
         explainer = fastcam.PairExplainer(model, "sfam", metric="cosine")
@@ -118,7 +67,8 @@ class PairExplainer(Network):
         gallery = explainer.gallery(many_images)         # runs the network once
         result = explainer.cross(query, gallery)         # result.maps_b: (1, N, H, W), no network run but the query's
 
-    model    any module that maps an image batch (B, C, *spatial) to embeddings (B, D)
+    model    any module that maps an image batch (B, C, *spatial) to embeddings (B, D), or to a structure that holds
+             them (the option `embedding` takes them from it)
     method   "sfam"
     options  the method's options; an unknown one is an error that lists the known ones
 
@@ -143,6 +93,8 @@ class PairExplainer(Network):
     ):
         super().__init__(
             model,
+            method,
+            options,
             layer=layer,
             size=size,
             normalize=normalize,
@@ -150,8 +102,6 @@ class PairExplainer(Network):
             channels_last=channels_last,
             compile=compile,
         )
-        self.method = pair(method)
-        self.options = self.method.make_options(options)
 
     def __repr__(self) -> str:
         return f"PairExplainer({type(self.model).__name__}, {self.method.name!r}, layer={self.layer!r})"
@@ -197,9 +147,7 @@ class PairExplainer(Network):
         """
         with neutral_modes():
             left, right = self._side(images), self._side(support)
-            rows = torch.as_tensor(rows, device=right.device)
-            if rows.dtype.is_floating_point or rows.dtype == torch.bool:
-                raise TypeError(f"rows must hold integers, places in the support; got {rows.dtype}")
+            rows = integers(rows, "rows", right.device)
             chosen = torch.ones_like(rows) if chosen is None else torch.as_tensor(chosen, device=right.device)
             chosen = chosen.bool()
             return self._among(left, right, rows, chosen, {})
@@ -256,11 +204,9 @@ class PairExplainer(Network):
             if targets is None:
                 place = self._nearest_prototype(left, right, member, len(known))
             else:
-                wanted = torch.as_tensor(targets, device=right.device)
-                if wanted.dtype.is_floating_point or tuple(wanted.shape) not in ((), (len(left),)):
-                    raise ValueError(
-                        f"targets must be a label or ({len(left)},) labels; got {wanted.dtype} {tuple(wanted.shape)}"
-                    )
+                wanted = integers(targets, "targets", right.device)
+                if tuple(wanted.shape) not in ((), (len(left),)):
+                    raise ValueError(f"targets must be a label or ({len(left)},) labels; got {tuple(wanted.shape)}")
                 wanted = wanted.expand(len(left))
                 found = wanted.unsqueeze(1) == known
                 if not bool(found.any(1).all()):
@@ -277,152 +223,15 @@ class PairExplainer(Network):
             extra = {"support": rows, "predicted": known[place]}
             return self._among(left, right, rows, chosen, extra)
 
-    def gallery(
-        self, images: Tensor | Iterable[Tensor], labels: Tensor | Sequence[int] | None = None, *, chunk: int = 32
-    ) -> Gallery:
-        """Features and embeddings of images (N, C, *spatial), or of batches of them, run `chunk` at a time."""
-        batches = [images] if isinstance(images, Tensor) else list(images)
-        if not batches:
-            raise ValueError("a gallery needs at least one batch of images")
-        if chunk < 1:
-            raise ValueError(f"chunk must be at least 1; got {chunk}")
-        with neutral_modes():
-            parts = [self._side(part) for batch in batches for part in batch.split(chunk)]
-        if len({part.image for part in parts}) > 1:
-            raise ValueError("the images of a gallery must have one size; make one gallery for each")
-        features = torch.cat([part.features for part in parts])
-        embeddings = torch.cat([part.embeddings for part in parts])
-        given = None if labels is None else torch.as_tensor(labels)
-        if given is not None and tuple(given.shape) != (len(features),):
-            raise ValueError(f"labels must be ({len(features)},), one for each image; got {tuple(given.shape)}")
-        first = parts[0]
-        return Gallery(features, embeddings, given, first.image, first.session.layer, first.length)
-
-    # ---- one side ----
-
-    def _side(self, given: Side) -> _Side:
-        if isinstance(given, Gallery):
-            parameter = next((p for p in self.model.parameters() if p.is_floating_point()), given.features)
-            session, length = self._session(given.features.new_zeros((1, *given.image), dtype=parameter.dtype))
-            if session.layer != given.layer:
-                raise ValueError(f"the gallery holds layer '{given.layer}', this explainer reads '{session.layer}'")
-            self._check_origin(given, session)
-            return _Side(session, given.features, given.embeddings, given.image, length)
-        check_images(given)
-        warn_if_training(self.model)
-        images = given.clone() if given.is_inference() else given
-        if len(images) == 0:
-            one = self._side(images.new_zeros((1, *images.shape[1:])))
-            return dataclasses.replace(one, features=one.features[:0], embeddings=one.embeddings[:0], passed=None)
-        session, length = self._session(images)
-        # Features that say nothing alone have to keep their pass.
-        lone = not isinstance(session, CapturedSession) or bool(session.cut.bypass)
-        lone = lone and self.options.embedding == "output"
-        passed = session.forward(images, "gradients" if lone else "closed_form", by_index=False)
-        features = self._reshaped(passed.features)
-        check_spatial((None, *features.shape[1:]), passed.layer, images.ndim - 2, self._reshapes)
-        embeddings = self._embedded(passed.output, features)
-        if isinstance(session, HookSession) and lone:
-            _refuse_unit_rows(embeddings, session.reason)
-        image = tuple(images.shape[1:])
-        return _Side(session, passed.features, embeddings, image, length, passed if lone else None)
-
-    def _session(self, images: Tensor) -> tuple[Session, float | None]:
-        """The network at the layer, and the length it brings its embeddings to, where it does."""
-        length = None
-
-        def rewrite(program: Program) -> Program:
-            nonlocal length
-            if self.options.embedding != "output":
-                return program
-            found = program.embedding or unnormalised(program, Weights(program, self.model).values())
-            length = found.length
-            return found.program
-
-        session = self._network_at(images, self.method.name, self.options, "closed_form", rewrite=rewrite)
-        return session, length
-
-    def _check_origin(self, gallery: Gallery, session: Session) -> None:
-        """That the gallery's embeddings are what this network makes of its features."""
-        if not isinstance(session, CapturedSession) or session.cut.bypass or len(gallery) == 0:
-            return
-        features, found = gallery.features[:1], gallery.embeddings[:1]
-        if features.dtype == session.bound.dtype:
-            with neutral_modes():
-                output = session.cut.run_probe(features, session.leaves)
-            expected = self._embedded(output, self._reshaped(features))
-            scale = expected.abs().max()
-            if expected.shape == found.shape and bool((expected.float() - found.float()).abs().max() <= 2e-2 * scale):
-                return
-        raise ValueError(
-            f"the gallery's embeddings, {found.dtype} with {found.shape[1]} channels, are not what this explainer "
-            "makes of its features: it was made by another model, with other weights, another pooling or precision; "
-            "make it anew with explainer.gallery(images)"
-        )
-
-    @property
-    def _reshapes(self) -> bool:
-        return self.options.reshape_transform is not None
-
-    def _reshaped(self, features: Tensor) -> Tensor:
-        transform = self.options.reshape_transform
-        return features if transform is None else transform(features)
-
-    def _embedded(self, output: Any, features: Tensor) -> Tensor:
-        """(B, D) embeddings by `options.embedding`."""
-        options = self.options
-        if options.embedding != "output":
-            return _pooled(features, options.embedding, options.gem_power)
-        if not isinstance(output, Tensor):
-            raise TypeError(
-                f"'{self.method.name}' compares embeddings, a tensor (B, D); this model returns "
-                f"{type(output).__name__}. Pass embedding='avg' for the layer's pooled features, or wrap the model"
-            )
-        if output.ndim != 2:
-            raise ValueError(
-                f"'{self.method.name}' compares embeddings (B, D); this model's output is {tuple(output.shape)}: pass "
-                "embedding='avg' ('max', 'gem') for the layer's pooled features"
-            )
-        return output
-
-    def _channels(self, side: _Side, weights: Tensor, rows: Tensor | None = None) -> Tensor:
-        """(R, K): weights (R, D) of the embedding's channels, pulled back to feature channels, of `rows`."""
-        options = self.options
-        if options.embedding in ("avg", "max"):
-            return weights
-        if options.embedding == "gem":
-            # d z_k / d A = A^(p - 1) z_k^(1 - p) / Z, summed over positions
-            features = self._reshaped(side.features).to(weights.dtype).clamp(min=_SMALLEST).flatten(2)
-            power = options.gem_power - 1
-            factor = features.pow(power).mean(2) / side.embeddings.to(weights.dtype).pow(power)
-            return weights * (factor if rows is None else factor[rows])
-
-        def summed(gradients: Tensor) -> Tensor:
-            return _summed(self._reshaped(gradients), weights.dtype)
-
-        if side.passed is not None:
-            if rows is not None and not torch.equal(rows, torch.arange(len(side), device=rows.device)):
-                raise ValueError(_ONE_FOR_ONE.format(layer=side.session.layer))
-            score = Targets(None, lambda output: (output * weights).sum(1))
-            found = side.passed.gradients(score)
-        elif not isinstance(side.session, CapturedSession):
-            if len(weights) > 0:
-                raise ValueError(_ONE_FOR_ONE.format(layer=side.session.layer))
-            return weights.new_zeros((0, self._reshaped(side.features).shape[1]))
-        else:
-            rows = torch.arange(len(side), device=weights.device) if rows is None else rows
-            return side.session.pull_back(side.features, weights, rows, summed)
-        return summed(found)
-
     # ---- pairs ----
 
-    def _paired(self, left: _Side, right: _Side) -> PairAttribution:
+    def _paired(self, left: SideOfPair, right: SideOfPair) -> PairAttribution:
         shares = self._shares(left, right)
         channels = [self._channels(side, shares.weights) for side in (left, right)]
         maps = [self._maps(side, weights) for side, weights in zip((left, right), channels, strict=True)]
         return self._result(left, shares, channels, maps)
 
-    def _crossed(self, left: _Side, right: _Side) -> PairAttribution:
+    def _crossed(self, left: SideOfPair, right: SideOfPair) -> PairAttribution:
         rows = [self._shares(left[i], right) for i in range(len(left))] or [self._shares(left, right[:0])]
         shares = Shares(*(torch.stack(part) for part in zip(*(dataclasses.astuple(row) for row in rows), strict=True)))
         if len(left) == 0:
@@ -438,7 +247,7 @@ class PairExplainer(Network):
         second = tuple(part.transpose(0, 1) for part in self._maps(right, channels[1]))
         return self._result(left, shares, [channels[0], channels[1].transpose(0, 1)], [first, second])
 
-    def _nearest_prototype(self, left: _Side, right: _Side, member: Tensor, classes: int) -> Tensor:
+    def _nearest_prototype(self, left: SideOfPair, right: SideOfPair, member: Tensor, classes: int) -> Tensor:
         """(B,) the class whose mean embedding is most similar; `member` (N,) is each support image's class."""
         unit = self.options.metric == "cosine" or self._length(left) is not None
         wide = accumulation_dtype(right.embeddings.dtype)
@@ -450,7 +259,7 @@ class PairExplainer(Network):
         return (u @ middle.T if self.options.metric == "cosine" else -torch.cdist(u, middle)).argmax(1)
 
     def _among(
-        self, left: _Side, right: _Side, rows: Tensor, chosen: Tensor, extra: dict[str, Tensor]
+        self, left: SideOfPair, right: SideOfPair, rows: Tensor, chosen: Tensor, extra: dict[str, Tensor]
     ) -> PairAttribution:
         if rows.ndim != 2 or len(rows) != len(left) or chosen.shape != rows.shape:
             raise ValueError(
@@ -472,25 +281,27 @@ class PairExplainer(Network):
         result = self._result(left, shares, [ours, weights], [first, second])
         return dataclasses.replace(result, extra=result.extra | extra | {"chosen": chosen})
 
-    def _length(self, left: _Side) -> float | None:
+    def _length(self, left: SideOfPair) -> float | None:
         """What embeddings are brought to before they are compared, or None."""
         given = self.options.normalize_embedding
         return left.length if given is None or (given and left.length) else 1.0 if given else None
 
-    def _shares(self, left: _Side, right: _Side) -> Shares:
+    def _shares(self, left: SideOfPair, right: SideOfPair) -> Shares:
         if left.embeddings.shape[1] != right.embeddings.shape[1]:
             raise ValueError(
                 f"the two sides have embeddings of {left.embeddings.shape[1]} and {right.embeddings.shape[1]} channels"
             )
         return self.method.shares(left.embeddings, right.embeddings, self.options, self._length(left))
 
-    def _maps(self, side: _Side, weights: Tensor) -> Maps:
+    def _maps(self, side: SideOfPair, weights: Tensor) -> Maps:
         """Maps, raw maps and whether each is finite, of weights (B[, T], K)."""
         features = self._reshaped(side.features)
         size = self._map_size(side.image[1:], features, side.session.layer)
         return finish(features, Evidence(weights=weights), self.options.relu, self.normalize, size)
 
-    def _result(self, left: _Side, shares: Shares, channels: Sequence[Tensor], maps: Sequence[Maps]) -> PairAttribution:
+    def _result(
+        self, left: SideOfPair, shares: Shares, channels: Sequence[Tensor], maps: Sequence[Maps]
+    ) -> PairAttribution:
         (maps_a, raw_a, finite_a), (maps_b, raw_b, finite_b) = maps
         finite = [one if one.ndim == shares.score.ndim else one.all(-1) for one in (finite_a, finite_b)]
         valid = finite[0] & finite[1] & shares.score.isfinite()
@@ -529,36 +340,6 @@ class PairExplainer(Network):
         )
 
 
-@dataclass(frozen=True, eq=False)
-class _Side:
-    """Images of one side after their pass.
-
-    features    as the layer gives them
-    embeddings  (B, D), before a final normalisation
-    image       (C, *spatial)
-    passed      the pass, where the features alone do not do for pulling back
-    """
-
-    session: Session
-    features: Tensor
-    embeddings: Tensor
-    image: tuple[int, ...]
-    length: float | None
-    passed: Forward | None = None
-
-    def __len__(self) -> int:
-        return len(self.features)
-
-    @property
-    def device(self) -> torch.device:
-        return self.features.device
-
-    def __getitem__(self, rows: Any) -> _Side:
-        """The images of `rows`; they cannot be pulled back through a pass that was kept."""
-        rows = slice(rows, rows + 1) if isinstance(rows, int) else rows
-        return dataclasses.replace(self, features=self.features[rows], embeddings=self.embeddings[rows])
-
-
 def attribute_pair(
     model: nn.Module,
     images_a: Side,
@@ -586,24 +367,6 @@ def attribute_pair(
     return PairExplainer(model, method, **settings, **options)(images_a, images_b)
 
 
-def _pooled(features: Tensor, kind: str, power: float) -> Tensor:
-    """(B, K) in the accumulation dtype."""
-    wide = features.to(accumulation_dtype(features.dtype)).flatten(2)
-    if kind == "avg":
-        return wide.mean(2)
-    return wide.amax(2) if kind == "max" else wide.clamp(min=_SMALLEST).pow(power).mean(2).pow(1 / power)
-
-
-def _summed(gradients: Tensor, dtype: torch.dtype) -> Tensor:
-    """(R, K, *spatial) -> (R, K), without a pass over positions that are all the same."""
-    if all(gradients.stride(d) == 0 or gradients.shape[d] == 1 for d in range(2, gradients.ndim)):
-        first = gradients
-        while first.ndim > 2:
-            first = first.select(2, 0)
-        return first.to(dtype) * math.prod(gradients.shape[2:])
-    return gradients.flatten(2).sum(2, dtype=dtype)
-
-
 def _masked(maps: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid.reshape(*valid.shape, *(1,) * (maps.ndim - valid.ndim)), maps, maps.new_zeros(()))
 
@@ -614,13 +377,3 @@ def _without_axis(result: PairAttribution, axis: int) -> PairAttribution:
     parts = {name: getattr(result, name).squeeze(axis) for name in names}
     extra = {name: value.squeeze(axis) for name, value in result.extra.items()}
     return dataclasses.replace(result, **parts, extra=extra)
-
-
-def _refuse_unit_rows(embeddings: Tensor, reason: str) -> None:
-    """A normalisation that cannot be looked behind would be differentiated."""
-    length = embeddings.to(accumulation_dtype(embeddings.dtype)).norm(dim=1)
-    if bool(((length - 1).abs() < 1e-3).all()):
-        raise RuntimeError(
-            "this network's embeddings have length 1, and what comes before their normalisation is out of sight, since "
-            f"{reason}; return the embedding before it is normalised, or pass embedding='avg'"
-        )

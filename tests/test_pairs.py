@@ -575,7 +575,7 @@ def test_more_errors():
         fastcam.PairExplainer(model, layer="features.0")(pictures(1), explainer.gallery(pictures(1)))
     with pytest.raises(IndexError, match="rows must lie in"):
         explainer.against(pictures(1), pictures(2), torch.tensor([[2]]))
-    with pytest.raises(TypeError, match="rows must hold integers"):
+    with pytest.raises(TypeError, match="rows must be integers"):
         explainer.against(pictures(1), pictures(2), torch.tensor([[0.5]]))
     labelled = explainer.gallery(pictures(3), [0, 1, 1])
     with pytest.raises(ValueError, match=r"targets must be a label or \(2,\)"):

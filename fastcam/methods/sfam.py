@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,8 +28,9 @@ class SfamOptions(CamOptions):
     euclidean_term       what an embedding channel contributes under "euclidean": "neg_sq" -(u - v)^2 · "cross" 2 u v ·
                          "inverse" 1 / (1 + |u - v|)
     weighting            "minmax" over channels, ones where constant · "ratio" c / |sum c| · "raw" c
-    embedding            where embeddings come from: "output", the model's output (B, D) · "avg", "max", "gem": the
-                         layer's features, pooled
+    embedding            where embeddings come from: "output", the model's output (B, D) · a callable that takes them,
+                         as they are, from an output that holds several tensors · "avg", "max", "gem": the layer's
+                         features, pooled
     gem_power            exponent of embedding="gem", (mean A^p)^(1/p)
     normalize_embedding  compare vectors of one length (matters for "euclidean" only) · None: where the network ends in
                          an L2 normalisation
@@ -38,7 +40,7 @@ class SfamOptions(CamOptions):
     metric: Literal["cosine", "euclidean"] = "cosine"
     euclidean_term: Literal["neg_sq", "cross", "inverse"] = "neg_sq"
     weighting: Literal["minmax", "ratio", "raw"] = "minmax"
-    embedding: Literal["output", "avg", "max", "gem"] = "output"
+    embedding: Literal["output", "avg", "max", "gem"] | Callable[[Any], Tensor] = "output"
     gem_power: float = 3.0
     normalize_embedding: bool | None = None
     dissimilarity: bool = False
@@ -54,8 +56,9 @@ class SfamOptions(CamOptions):
             ("embedding", ("output", "avg", "max", "gem")),
         ):
             value = getattr(self, name)
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; got {value!r}")
+            if value not in known and not (name == "embedding" and callable(value)):
+                more = " or a callable" if name == "embedding" else ""
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}{more}; got {value!r}")
         if not isinstance(self.gem_power, (int, float)) or not 0 < self.gem_power < math.inf:
             raise ValueError(f"gem_power must be a positive number; got {self.gem_power!r}")
         never = "inverse" if self.dissimilarity else "neg_sq"

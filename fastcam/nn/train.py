@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastcam._tensor_file import read_tensors
 from fastcam._torchvision import torchvision_models
 
 from .backbones import densenet_bc, resnet, resnext29, without_classifier
@@ -103,7 +104,8 @@ def train(
     note: Note = log.info,
     about: Mapping[str, Any] | None = None,
 ) -> Report:
-    """Train `model` in place; it ends in eval mode with the weights of its best epoch.
+    """Train `model` in place; it ends in eval mode with the weights of its best epoch, the last one where no images are
+    held out.
 
     out      folder for `last.pt`, replaced after each epoch in one step, and `best.pt`; None: none
     resume   go on from `last.pt`, if there is one
@@ -112,13 +114,18 @@ def train(
     note     is told of the progress, a line an epoch
     about    further facts of the run (what JSON can hold), kept in the checkpoints and compared on `resume`
 
-    Raises ValueError for fewer images than a batch, FileExistsError for an `out` with a run in it without `resume`,
-    ValueError naming the difference for one of another recipe, network or set of images, FloatingPointError where the
-    loss is not finite.
+    Raises ValueError for fewer images than a batch or a share to hold out that comes to none, FileExistsError for an
+    `out` with a run in it without `resume`, ValueError naming the difference for one of another recipe, network or set
+    of images, FloatingPointError where the loss is not finite.
     """
     measure = loss or _cross_entropy
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(recipe.seed))
     held = round(len(images) * recipe.validation)
+    if recipe.validation and not held:
+        raise ValueError(
+            f"validation={recipe.validation} of {len(images)} images holds out none; pass at least "
+            f"{1 / len(images):.2g}, or 0 to keep the last epoch"
+        )
     kept, shown = order[: len(images) - held], order[len(images) - held :]
     if len(kept) < recipe.batch:
         raise ValueError(f"{len(kept)} training images make no batch of {recipe.batch}")
@@ -295,20 +302,10 @@ def _write(path: Path, document: dict[str, Any]) -> None:
         os.close(folder)
 
 
-def _read(path: Path, device: torch.device) -> Any:
-    """A checkpoint's tensors and texts; never pickled code."""
-    try:
-        return torch.load(path, weights_only=True, map_location=device)
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # whatever a damaged file makes of the reader
-        raise ValueError(f"{path} is damaged or no checkpoint: {type(error).__name__}") from error
-
-
 def _restore(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]
 ) -> tuple[Report, dict[str, Tensor]]:
-    document = _read(path, next(model.parameters()).device)
+    document = read_tensors(path, "checkpoint", next(model.parameters()).device)
     before, now = json.loads(document["facts"]), json.loads(json.dumps(facts))
     for part, what in (("recipe", "another recipe"), ("identity", "another network or other images")):
         then = before[part]
@@ -328,7 +325,7 @@ def load(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
 
     Reads tensors only, never pickled code. Raises ValueError for a file of another origin.
     """
-    document = _read(Path(path), torch.device("cpu"))
+    document = read_tensors(path, "checkpoint")
     facts = json.loads(document["facts"]) if isinstance(document, dict) and "facts" in document else {}
     about = facts.get("identity", {})
     if "built" not in about:
@@ -395,12 +392,12 @@ def _run(given: argparse.Namespace) -> int:
         epochs=given.epochs,
         batch=given.batch,
         rate=given.rate,
-        drops=tuple(int(each) for each in given.drops.split(",") if each),
+        drops=tuple(int(each) for each in _numbers(given.drops, "--drops", "150,225", whole=True)),
         decay=given.decay,
         size=given.size,
         augment=given.augment or ("crop" if small else "crop+flip"),
-        mean=_numbers(given.mean) or usual.mean,
-        std=_numbers(given.std) or usual.std,
+        mean=_numbers(given.mean, "--mean", "0.5,0.5,0.5") or usual.mean,
+        std=_numbers(given.std, "--std", "0.2,0.2,0.2") or usual.std,
         validation=given.validation,
         seed=given.seed,
     )
@@ -412,8 +409,12 @@ def _run(given: argparse.Namespace) -> int:
     report = train(
         model, images, recipe, given.out, resume=given.resume, workers=given.workers, note=print, about=about
     )
-    held = f", held-out accuracy {report.validation[report.best]:.4f}" if recipe.validation else ""
-    print(f"best epoch {report.best + 1}{held}")
+    accuracy = report.validation[report.best]
+    print(
+        f"best epoch {report.best + 1}, held-out accuracy {accuracy:.4f}"
+        if recipe.validation
+        else f"kept epoch {report.best + 1}, the last one: no images were held out to choose by"
+    )
     tested: Images | None = digits(2000, split="test", size=given.size)[0] if small else None
     if given.test:
         tested = _renumbered(*image_folder(given.test, resize=side), names)
@@ -423,8 +424,12 @@ def _run(given: argparse.Namespace) -> int:
     return 0
 
 
-def _numbers(text: str | None) -> tuple[float, ...]:
-    return tuple(float(each) for each in text.split(",")) if text else ()
+def _numbers(text: str | None, option: str, example: str, whole: bool = False) -> tuple[float, ...]:
+    try:
+        return tuple(int(each) if whole else float(each) for each in (text or "").split(",") if each)
+    except ValueError:
+        kind = "whole numbers" if whole else "numbers"
+        raise ValueError(f"{option} must be {kind} with commas between them, such as {example}; got {text!r}") from None
 
 
 def _renumbered(images: ImageFolder, own: Sequence[str], names: Sequence[str]) -> ImageFolder:
