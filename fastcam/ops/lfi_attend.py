@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastcam import reference as references
 from fastcam._dtypes import accumulation_dtype
 from fastcam._library import LIBRARY
 from fastcam.backends import register
 from fastcam.ops import _checks
+from fastcam.ops._once import differentiable_once
 from fastcam.ops._plain import run
 
 __all__ = ["CONSTANT_MAPS", "lfi_attend"]
@@ -31,7 +31,8 @@ def lfi_attend(features: Tensor, importance: Tensor, constant_map: str = "raw") 
     Dtype and layout: float64, float32, float16 or bfloat16 (importance may also be in the accumulation dtype), any
     strides (contiguous and channels_last without a copy). attended has the dtype and the strides of
     empty_like(features); attention is contiguous in the accumulation dtype (float64 for float64, else float32).
-    Differentiable once in both tensors; min and max share their gradient evenly among ties.
+    Differentiable once in both tensors, a second derivative is a RuntimeError; min and max share their gradient evenly
+    among ties.
     Errors: TypeError for a wrong type, layout or dtype, ValueError for wrong shapes, an unknown constant_map, K = 0 or
     h w = 0.
     Cost: features read twice (the second time from the cache), attended written once; backward: features and the
@@ -69,9 +70,11 @@ class _LfiAttend(torch.autograd.Function):
         return attended, attention
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_attended: Tensor | None, grad_attention: Tensor | None) -> tuple[Tensor | None, ...]:
-        features, importance, attention, raw = ctx.saved_tensors
+    @differentiable_once("lfi_attend")
+    def backward(
+        ctx: Any, saved: tuple[Tensor, ...], grad_attended: Tensor | None, grad_attention: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        features, importance, attention, raw = saved
         if grad_attended is None:
             grad_attended = torch.zeros_like(features)
         given = grad_attended, grad_attention, None, features, importance, attention, raw, ctx.constant_map

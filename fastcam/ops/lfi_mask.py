@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastcam import reference as references
 from fastcam._dtypes import accumulation_dtype
 from fastcam._library import LIBRARY
 from fastcam.backends import register
 from fastcam.ops import _checks
+from fastcam.ops._once import differentiable_once
 from fastcam.ops._plain import run
 from fastcam.reference.lfi_mask import normalized
 
@@ -29,7 +29,8 @@ def lfi_mask(features: Tensor, grey: Tensor) -> Tensor:
     Dtype and layout: float64, float32, float16 or bfloat16 (grey may also be in the accumulation dtype), any strides
     (contiguous and channels_last without a copy). The result has the dtype and the strides of empty_like(features).
     Arithmetic in float64 for float64, else float32.
-    Differentiable once in both tensors; min and max share their gradient evenly, constant channels have none.
+    Differentiable once in both tensors, a second derivative is a RuntimeError; min and max share their gradient evenly,
+    constant channels have none.
     Errors: TypeError for a wrong type, layout or dtype, ValueError for wrong shapes, K = 0 or h w = 0.
     Cost: features read twice (the second time from the cache), masks written once; backward: features and the gradient
     read once, features again from the cache. Only the arguments are kept for it.
@@ -57,9 +58,9 @@ class _LfiMask(torch.autograd.Function):
         return run("lfi_mask", features, grey)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        features, grey = ctx.saved_tensors
+    @differentiable_once("lfi_mask")
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+        features, grey = saved
         grad_features = grad_grey = None
         if ctx.needs_input_grad[0]:
             grad_features = run("lfi_mask_backward", grad, features, grey)

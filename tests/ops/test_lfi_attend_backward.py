@@ -190,8 +190,17 @@ def test_opcheck(layout, dtype):
     torch.library.opcheck(OP, tuple(x if isinstance(x, str) else x[:0] for x in GIVEN.values()))
 
 
-def test_second_derivatives_are_refused():
-    features = torch.rand(2, 5, 4, 4, requires_grad=True)
-    (grad,) = torch.autograd.grad(ops.lfi_attend(features, S + 1)[0].square().sum(), features, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+@pytest.mark.parametrize("loss", [lambda x: x.square().sum(), lambda x: x.sum()], ids=["square", "sum"])
+def test_second_derivatives_are_refused(loss):
+    """Also where the gradient that comes in is a constant, and only what was saved depends on the features."""
+    features, importance = torch.rand(2, 5, 4, 4, requires_grad=True), (S + 1).float().requires_grad_()
+    attended, attention = ops.lfi_attend(features, importance)
+    given = (features, importance)
+    grads = torch.autograd.grad(loss(attended) + attention.sum(), given, create_graph=True)
+    for grad in grads:
+        with pytest.raises(RuntimeError, match=r"ops.lfi_attend can be differentiated once"):
+            torch.autograd.grad(grad.sum(), features, retain_graph=True, allow_unused=True)
+    attended, attention = ops.lfi_attend(features, importance)
+    plain = torch.autograd.grad(loss(attended) + attention.sum(), given)
+    for grad, other in zip(grads, plain, strict=True):
+        assert torch.equal(grad, other)

@@ -115,6 +115,18 @@ def test_gradcheck(backend):
     assert gradcheck(ops.lfi_mask, (features, make((2, 1, 4, 3), torch.float64, 13).requires_grad_()))
 
 
+def test_second_derivatives_are_refused():
+    """Also where the gradient that comes in is a constant, and only what was saved depends on the features."""
+    features, grey = torch.rand(2, 5, 4, 4, requires_grad=True), torch.rand(2, 1, 4, 4, requires_grad=True)
+    for loss in (lambda x: x.square().sum(), lambda x: x.sum()):
+        grads = torch.autograd.grad(loss(ops.lfi_mask(features, grey)), (features, grey), create_graph=True)
+        plain = torch.autograd.grad(loss(ops.lfi_mask(features, grey)), (features, grey))
+        for grad, other in zip(grads, plain, strict=True):
+            assert torch.equal(grad, other)
+            with pytest.raises(RuntimeError, match=r"ops.lfi_mask can be differentiated once"):
+                torch.autograd.grad(grad.sum(), features, retain_graph=True, allow_unused=True)
+
+
 def test_mixed_dtypes_have_gradients_in_their_own(backend):
     features = special((2, 5, 4, 6), torch.bfloat16, 14).requires_grad_()
     grey = make((2, 1, 4, 6), torch.float32, 15).requires_grad_()
