@@ -244,6 +244,10 @@ def test_command_on_a_folder(tmp_path, capsys):
         (["--epochs", "0"], "epochs must be at least 1"),
         (["--batch", "0"], "batch must be at least 1"),
         (["--validation", "1.5"], "validation must lie in"),
+        (["--validation", "0.01"], "validation=0.01 of 24 images holds out none; pass at least 0.042, or 0"),
+        (["--drops", "x"], "--drops must be whole numbers with commas between them, such as 150,225; got 'x'"),
+        (["--drops", "7.5"], "--drops must be whole numbers"),
+        (["--mean", "0.5,half,0.5"], "--mean must be numbers with commas between them"),
         (["--rate", "1e20"], "not finite in epoch"),
         (["--device", "nowhere"], "nowhere"),
     ):
@@ -268,6 +272,7 @@ def test_test_images_are_numbered_by_class_names(tmp_path, capsys):
     text = capsys.readouterr().out
     assert float(text.split("test accuracy ")[1].split()[0]) >= 0.9
     assert "held-out" not in text
+    assert "kept epoch 8, the last one: no images were held out" in text
     assert cli.main([*words, "--resume", "--test", str(tmp_path / "odd")]) == 2
     assert "class 'x' of the test images" in capsys.readouterr().err
 
