@@ -442,8 +442,19 @@ def sfam() -> str:
         hit = f"{row['hit']:.3f} ± {row['standard_error']:.3f}"
         lines.append(f"| {name} | {hit} | {row['energy']:.3f} | {row['other']:.3f} | {curve} |")
     best = max((row["hit"], name) for name, row in rows.items() if not name.startswith("sfam"))[1]
-    first = min((row["deletion"], name) for name, row in rows.items() if row.get("deletion") is not None)[1]
-    lines += ["", f"The best place to point is given by {best}; channels go fastest in the order of {first}."]
+    dots = rows["similarity map"]
+    orders = {
+        name: row["deletion"] for name, row in rows.items() if row.get("deletion") is not None and row is not dots
+    }
+    first = min(
+        (area, name) for name, area in (orders | {"the map's highest place": dots["deletion_at_peak"]}).items()
+    )[1]
+    lines += [
+        "",
+        f"The best place to point is given by {best}; channels go fastest in the order of {first}. What a channel adds to the similarity map, "
+        "summed over the image, is SFAM's contribution under the cosine, so that the two orders are one; by what it adds at the map's highest "
+        f"place, deletion is {dots['deletion_at_peak']:.3f} ± {dots['deletion_at_peak_error']:.3f}.",
+    ]
     return "\n".join([*lines, *pair_costs()])
 
 
