@@ -446,14 +446,14 @@ def sfam() -> str:
     orders = {
         name: row["deletion"] for name, row in rows.items() if row.get("deletion") is not None and row is not dots
     }
-    first = min(
-        (area, name) for name, area in (orders | {"the map's highest place": dots["deletion_at_peak"]}).items()
-    )[1]
+    first = min(orders, key=lambda name: orders[name])
+    peak = dots["deletion_at_peak"]
     lines += [
         "",
-        f"The best place to point is given by {best}; channels go fastest in the order of {first}. What a channel adds to the similarity map, "
-        "summed over the image, is SFAM's contribution under the cosine, so that the two orders are one; by what it adds at the map's highest "
-        f"place, deletion is {dots['deletion_at_peak']:.3f} ± {dots['deletion_at_peak_error']:.3f}.",
+        f"The best place to point is given by {best}. Of the table's orders, channels go fastest in that of {first}; the similarity map's own "
+        "order is that of sfam, cosine, since what a channel adds to the map, summed over the image, is its contribution to the cosine. In the "
+        f"order of what a channel adds at the map's highest place they go {'faster' if peak < orders[first] else 'more slowly'}: {peak:.3f} ± "
+        f"{dots['deletion_at_peak_error']:.3f}.",
     ]
     return "\n".join([*lines, *pair_costs()])
 
