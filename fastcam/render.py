@@ -137,7 +137,8 @@ def panel(
 ) -> Path:
     """Writes groups under each other as one PNG and returns its path; a cell is `cell` pixels wide and high.
 
-    columns are the titles of the cells; title stands above, note (any number of lines) below. Missing folders are made.
+    columns are the titles of the cells; title stands above, note (any number of lines) below. What is too wide for its
+    place is cut in the middle. Missing folders are made.
     Errors: ValueError for no groups, groups without rows, or a row with another number of cells than columns;
     ImportError with the command that installs pillow.
     """
@@ -152,25 +153,30 @@ def panel(
     picture = max(len(group.rows) for group in groups) * (cell + gap) - gap
     label_width = cell // 2
     left = margin + picture + label_width
-    titles = [_wrapped(column, text.getlength, cell) for column in columns]
+    right = left + len(columns) * (cell + gap) - gap
+    wrapped = ["\n".join(_wrapped(line, text.getlength, cell) for line in column.splitlines()) for column in columns]
+    titles = [_fitted(column, text.getlength, cell) for column in wrapped]
+    captions = [_fitted(group.caption, text.getlength, right - margin) for group in groups]
     top = margin + (cell // 3 if title else 0) + cell // 6 * max(len(each.splitlines()) for each in ("", *titles))
-    heights = [len(group.rows) * (cell + gap) + cell // 3 for group in groups]
+    heights = [
+        len(group.rows) * (cell + gap) + (len(caption.splitlines()) + 1) * cell // 6
+        for group, caption in zip(groups, captions, strict=True)
+    ]
     foot = len(note.splitlines()) * (cell // 5)
-    sheet = Image.new(
-        "RGB", (left + len(columns) * (cell + gap) - gap + margin, top + sum(heights) + foot + margin // 2), "white"
-    )
+    sheet = Image.new("RGB", (right + margin, top + sum(heights) + foot + margin // 2), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((margin, margin), title, ink, large)
     for place, column in enumerate(titles):
         above = (left + place * (cell + gap) + cell / 2, top - 5)
         draw.multiline_text(above, column, ink, text, anchor="md", align="center", spacing=1)
-    for group, height in zip(groups, heights, strict=True):
+    for group, caption, height in zip(groups, captions, heights, strict=True):
         tall = len(group.rows) * (cell + gap) - gap
         sheet.paste(_scaled(Image, group.picture, tall), (margin, top))
-        draw.text((margin, top + tall + 5), group.caption, grey, text)
+        draw.text((margin, top + tall + 5), caption, grey, text)
         for number, (label, cells) in enumerate(group.rows):
             upper = top + number * (cell + gap)
             head, _, rest = label.partition("\n")
+            head, rest = (_fitted(t, f.getlength, label_width - gap) for t, f in ((head, large), (rest, small)))
             draw.text((left - label_width / 2, upper + cell / 2), head, ink, large, anchor="mm")
             draw.multiline_text((left - label_width / 2, upper + 5 * cell / 8), rest, grey, small, anchor="ma")
             for place, content in enumerate(cells):
@@ -190,12 +196,27 @@ def panel(
 
 
 def _wrapped(title: str, width: Callable[[str], float], limit: float) -> str:
-    """The title, or where it is too wide two lines, broken behind the underscore that makes them most equal."""
-    breaks = [place + 1 for place, letter in enumerate(title) if letter == "_"]
+    """The title, or if it is too wide two lines, broken behind the space or underscore that makes them most equal."""
+    breaks = [place + 1 for place, letter in enumerate(title) if letter in " _"]
     if width(title) <= limit or not breaks:
         return title
     best = min(breaks, key=lambda place: max(width(title[:place]), width(title[place:])))
     return f"{title[:best]}\n{title[best:]}"
+
+
+def _fitted(text: str, width: Callable[[str], float], limit: float) -> str:
+    """The text, of lines that are too wide their beginning and end with "…" between."""
+
+    def cut(line: str, kept: int) -> str:
+        return line if kept >= len(line) else f"{line[: kept - kept // 2]}…{line[len(line) - kept // 2 :]}"
+
+    lines = []
+    for line in text.splitlines():
+        kept = min(len(line), int(limit))  # no letter is narrower than a pixel
+        while kept and width(cut(line, kept)) > limit:
+            kept -= 1
+        lines.append(cut(line, kept))
+    return "\n".join(lines)
 
 
 def _scaled(module: Any, pixels: Tensor, side: int) -> Image:

@@ -125,6 +125,29 @@ def test_panel_places_its_cells(tmp_path):
     assert column[50] < column[100] == column[200] < column[150]
 
 
+def test_long_texts_of_a_panel_stay_in_their_place(tmp_path):
+    """No text runs over a picture or into the next column's, and every line of a caption is on the sheet."""
+
+    def sheet(name, columns, caption, label="a"):
+        cells = [torch.full((40, 40, 3), red, dtype=torch.uint8) for red in (60, 120)]
+        groups = [render.Group(cells[0], caption, [(label, cells)]), render.Group(cells[1], "next", [("b", cells)])]
+        path = render.panel(groups, tmp_path / f"{name}.png", columns=columns, cell=120)
+        return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+    short = sheet("short", ["x", "two"], "one line")
+    left = 20 + 120 + 60  # margin, picture, label
+    long = sheet("long", ["averylongnameofaclassindeed", "two"], "one line", "far too long a label")
+    assert np.array_equal(short[:, left + 124 :], long[:, left + 124 :])  # the second column
+    assert not np.array_equal(short, long)
+    lines = sheet("lines", ["x", "two"], "one line\nanother\nand a third, with words without end " + 40 * "word ")
+    assert lines.shape[0] == short.shape[0] + 40  # two lines more
+    for found in (long, lines):
+        for red in (60, 120):
+            assert (found == red).all(-1).sum() == 3 * 120 * 120
+    ink = lambda found: np.flatnonzero((found.sum(-1) < 600)[:, 20:140].any(1))  # noqa: E731
+    assert ink(lines)[-1] - 40 == ink(short)[-1] < short.shape[0] - 5
+
+
 def test_bad_panels_are_named(tmp_path):
     cell = torch.zeros(4, 4, 3, dtype=torch.uint8)
     with pytest.raises(ValueError, match="at least one group"):
