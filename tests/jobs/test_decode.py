@@ -31,6 +31,11 @@ def two(mode="RGB"):
     return picture.convert(mode)
 
 
+def chunk(kind, content):
+    """A part of a PNG file."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
 def pixels(data, **options):
     picture = decode(data, **options)
     assert picture.mode == "RGB"
@@ -58,6 +63,37 @@ def test_sixteen_bits_are_scaled_not_clipped():
     grey = [0, 1, 128, 255, round(40000 / 257)]
     for kind in ("PNG", "TIFF", "PPM"):
         assert pixels(encoded(Image.fromarray(values), kind)) == [[[g] * 3 for g in grey]], kind
+
+
+def png16(values, kind):
+    """A PNG file of uint16 (H, W, channels), made by hand; kind: 2 RGB, 4 grey with opacity, 6 RGBA."""
+    height, width = values.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    head = struct.pack(">IIBBBBB", width, height, 16, kind, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def test_sixteen_bits_of_colour_are_scaled_not_cut_off():
+    """round(v / 257) of every value; the high byte alone, v >> 8, is another for a quarter of them."""
+    colour = np.arange(65536, dtype=np.uint16).reshape(64, 1024)
+    colour = np.stack([colour, colour[::-1], np.roll(colour, 77)], axis=2)
+    expected = np.rint(colour / 257.0)
+    assert (expected != colour >> 8).mean() > 0.2
+    assert np.array_equal(pixels(png16(colour, 2)), expected)
+    opaque = np.full((*colour.shape[:2], 1), 65535, np.uint16)
+    assert np.array_equal(pixels(png16(np.concatenate([colour, opaque], 2), 6)), expected)
+    grey = pixels(png16(np.concatenate([colour[..., :1], opaque], 2), 4))
+    assert np.array_equal(grey, expected[..., :1].repeat(3, 2))
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_sixteen_bits_of_colour_in_tiff(order, compression):
+    tifffile = pytest.importorskip("tifffile")
+    colour = np.random.default_rng(0).integers(0, 65536, (40, 30, 3)).astype(np.uint16)
+    file = BytesIO()
+    tifffile.imwrite(file, colour, photometric="rgb", byteorder=order, compression=compression, rowsperstrip=16)
+    assert np.array_equal(pixels(file.getvalue()), np.rint(colour / 257.0))
 
 
 def test_floating_point_and_wide_integers_need_a_known_white():
@@ -127,10 +163,6 @@ def test_what_is_no_picture_has_a_reason(data, reason):
 
 def bomb(side):
     """A PNG header that promises side x side pixels."""
-
-    def chunk(kind, content):
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
 

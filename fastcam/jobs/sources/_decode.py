@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
+import sys
 from functools import lru_cache
 from io import BytesIO
 from pathlib import Path
@@ -66,7 +68,10 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
             width, height = picture.size
             if width * height > max_pixels:
                 raise ItemError(too_many_pixels(width, height, max_pixels))
+            fine = _sixteen_bits(picture, data, Image)
             picture.load()
+            if fine is not None:
+                picture.paste(fine)
             upright = _upright(picture, ImageOps)
             return _rgb(upright, Image)
     except ItemError:
@@ -160,6 +165,37 @@ def _rgb(picture: Image, module: Any) -> Image:
         return module.alpha_composite(ground, layer).convert("RGB")
     # A copy in any case: the opened file's own object is closed.
     return picture.convert("RGB") if picture.mode != "RGB" else picture.copy()
+
+
+#: Pillow's unpackers of 16-bit samples (big-endian, little-endian, native) keep the high byte; -> those of the low one.
+_LOW_BYTE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+
+
+def _sixteen_bits(picture: Any, data: bytes, module: Any) -> Image | None:
+    """An opened picture of 16 bits a channel scaled to 8, of which Pillow itself keeps the high bytes; of others None.
+
+    The low bytes come from decoding a second time with another unpacker.
+    """
+    tiles, low_tiles, grey = list(picture.tile), [], False
+    for tile in tiles:
+        arguments = tile[3]
+        raw = arguments if isinstance(arguments, str) else arguments[0] if arguments else None
+        found = re.fullmatch(r"(LA|RGB|RGBA|RGBX|CMYK);16([BLN])", raw) if isinstance(raw, str) else None
+        if found is None:
+            return None
+        grey = found[1] == "LA"
+        # There is one unpacker of grey with opacity only; as RGBA its four bytes stand side by side.
+        swapped = "RGBA" if grey else f"{found[1]};16{_LOW_BYTE[found[2]]}"
+        changed = swapped if isinstance(arguments, str) else (swapped, *arguments[1:])
+        low_tiles.append(type(tile)(*tile[:3], changed))
+    if not tiles:
+        return None
+    with module.open(BytesIO(data), formats=_formats()) as again:
+        again.tile = low_tiles
+        low = np.asarray(again)
+    values = np.asarray(picture).astype(np.uint16) * np.uint16(256) + (low[..., [1, 1, 1, 3]] if grey else low)
+    quotient = values // np.uint16(257)
+    return module.fromarray((quotient + (values - quotient * np.uint16(257) > 128)).astype(np.uint8), picture.mode)
 
 
 def _eight_bits(picture: Image) -> np.ndarray:
