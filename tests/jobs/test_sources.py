@@ -84,6 +84,92 @@ def test_folder_of_classes(tmp_path):
     assert keys(open_source(tmp_path / "top.png")) == ["top.png"]
 
 
+def test_folders_that_cannot_be_listed_are_items(tmp_path, monkeypatch):
+    """Root may list everything, so the refusal is made here."""
+    from fastcam.jobs.sources import folder
+
+    for name in ("a/x.png", "b/y.png", "c/deep/z.png"):
+        write(tmp_path / name, 1)
+    real = folder.open_file
+
+    def refusing(path, *rest):
+        if path.endswith(("/b", "/deep")):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *rest)
+
+    monkeypatch.setattr(folder, "open_file", refusing)
+    source = open_source(tmp_path)
+    assert keys(source) == ["a/x.png", "b/", "c/deep/"]
+    reason = "this folder cannot be listed, its images are missing: Permission denied"
+    assert reasons(source) == {"b/": reason, "c/deep/": reason}
+    assert source.classes == ("a", "b", "c")
+    assert reasons(pickle.loads(pickle.dumps(source))) == reasons(source)
+    monkeypatch.setattr(folder, "open_file", lambda *_: real(str(tmp_path / "nothing")))
+    with pytest.raises(ValueError, match="cannot be listed: No such file"):
+        open_source(tmp_path)
+
+
+def test_what_jobs_made_is_no_data_set(tmp_path):
+    """A store and folders of pictures between the images; a folder that was there before is the user's, as ever."""
+    from fastcam.jobs.sources.folder import own_folder
+
+    write(tmp_path / "a/x.png", 1)
+    write(tmp_path / "maps.zarr/preview.png", 2)
+    (tmp_path / "maps.zarr/zarr.json").write_text("{}")
+    write(own_folder(tmp_path / "a/pages") / "0.webp", 3)
+    write(own_folder(tmp_path / "a") / "y.png", 4)
+    assert keys(open_source(tmp_path)) == ["a/x.png", "a/y.png"]
+    assert keys(open_source(tmp_path / "a/pages")) == ["0.webp"]  # asked for by name
+
+
+def test_several_paths_are_one_source(tmp_path):
+    for grey, name in enumerate(["set/b/1.png", "set/a/2.png", "set/c/3.png", "else/4.png"]):
+        write(tmp_path / name, grey)
+    two = [tmp_path / "set/b", tmp_path / "set/a"]
+    source = open_source(two)
+    assert (keys(source), labels(source), greys(source)) == (["a/2.png", "b/1.png"], [0, 1], [1, 0])
+    assert source.describe()["where"] == [str(path) for path in two]
+    assert keys(open_source(source.describe()["where"])) == keys(source)
+    same_after_pickling(source)
+    nested = open_source([tmp_path / "set", tmp_path / "set/a", tmp_path / "else"])
+    assert keys(nested) == ["else/4.png", "set/a/2.png", "set/b/1.png", "set/c/3.png"]
+    assert keys(open_source([tmp_path / "set/a/2.png", tmp_path / "else/4.png"])) == ["else/4.png", "set/a/2.png"]
+    assert keys(open_source([tmp_path / "else/4.png"])) == ["4.png"]
+    for name in "pq":
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            add(tar, "0.png", png(5))
+    assert keys(open_source([tmp_path / "q.tar", tmp_path / "[p].tar"])) == ["q.tar/0.png", "p.tar/0.png"]
+    (tmp_path / "list.csv").write_text("path\nset/a/2.png\n")
+    np.save(tmp_path / "x.npy", np.zeros((1, 2, 2), np.uint8))
+    for wrong, reason in (
+        ([tmp_path / "set", tmp_path / "p.tar"], "of one kind: .*set is a folder, .*p.tar a tar"),
+        ([tmp_path / "set", tmp_path / "set/a/2.png"], "set is a folder, .*2.png an image file"),
+        ([tmp_path / "list.csv", tmp_path / "p.tar"], "list.csv can only be read alone"),
+        ([tmp_path / "x.npy", tmp_path / "x.npy"], "x.npy can only be read alone"),
+        ([tmp_path / "p.tar", tmp_path / "gone.tar"], "nothing at .*gone.tar"),
+        ([], "at least one path"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            open_source(wrong)
+
+
+def test_labels_of_a_model(tmp_path):
+    from fastcam.jobs.sources.labels import for_model
+
+    for name in ("emu/a.png", "cat/b.png"):
+        write(tmp_path / name, 1)
+    source = open_source(tmp_path)
+    assert labels(for_model(source, 2, None)) == [0, 1]
+    assert labels(for_model(source, 2, ["dog", "fox"])) == [0, 1]
+    named = for_model(source, 4, ["dog", "emu", "fox", "cat"])
+    assert (labels(named), named.classes) == ([3, 1], ("dog", "emu", "fox", "cat"))
+    assert labels(for_model(named, 4, ["dog", "emu", "fox", "cat"])) == [3, 1]
+    for classes, names in ((3, None), (None, None), (3, ["emu", "dog", "fox"]), (3, ["emu", "cat", "cat"])):
+        other = for_model(source, classes, names)
+        assert (labels(other), other.classes) == ([None, None], None)
+    assert (labels(source), source.classes) == ([0, 1], ("cat", "emu"))
+
+
 def test_links_are_followed_and_loops_end(tmp_path):
     write(tmp_path / "set/a/x.png", 1)
     write(tmp_path / "other/z.png", 2)

@@ -2,41 +2,58 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ._decode import MAX_PIXELS, SUFFIXES, decode, open_file, read_file
+from ._decode import MAX_PIXELS, SUFFIXES, ItemError, decode, open_file, read_file
 from ._source import Item, Names, digest_of, printable, unique
 
-__all__ = ["FolderSource", "class_folders"]
+__all__ = ["MARK", "FolderSource", "class_folders", "own_folder"]
 
 log = logging.getLogger("fastcam")
+
+
+#: In folders of pictures that this package made, so that they are not taken for a data set.
+MARK = ".fastcam-made"
+
+
+def own_folder(folder: Path) -> Path:
+    """`folder`; where it is not there it is made, and marked, so that a job on what lies around it passes it over."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        (folder / MARK).touch()
+    return folder
 
 
 class FolderSource:
     """The image files below `root`, sorted by relative path, which is their id.
 
     Where no image lies in `root` itself its folders are classes: a label is the folder's place in alphabetical order.
-    What is named like an image (`SUFFIXES`) and is no folder is an item, also where it turns out to be unreadable.
-    Names that begin with a dot are left out. Links are followed; a folder is listed once, under its own name if it
-    lies inside `root`, so loops end.
+    What is named like an image (`SUFFIXES`) and is no folder is an item, also where it turns out to be unreadable; so
+    is a folder that cannot be listed (`sub/`). Names that begin with a dot are left out, and so are stores and folders
+    of pictures that jobs, `show` and `report` made. Links are followed; a folder is listed once, under its own name if
+    it lies inside `root`, so loops end.
 
-    names  to take these relative paths instead of looking for them
+    only  files and folders below `root`, as relative paths, to take in place of all of it
     Raises ValueError for a folder without images.
     """
 
-    def __init__(self, root: str | Path, *, names: list[str] | None = None, max_pixels: int = MAX_PIXELS):
+    def __init__(self, root: str | Path, *, only: Sequence[str] | None = None, max_pixels: int = MAX_PIXELS):
         self.root = os.path.abspath(root)
         self.max_pixels = max_pixels
-        self.only = names
-        found = _listed(self.root) if names is None else names
+        self.only = only
+        found, self._unlisted = _listed(self.root, only)
         if not found:
+            where = root if only is None else ", ".join(only)
             raise ValueError(
-                f"{root} holds no images (names that end in {', '.join(sorted(SUFFIXES))}); "
+                f"{where} holds no images (names that end in {', '.join(sorted(SUFFIXES))}); "
                 "tars are read by a pattern, e.g. DIR/*.tar"
             )
         self._paths = Names(found)
@@ -54,24 +71,34 @@ class FolderSource:
         return None if self._labels is None else int(self._labels[index])
 
     def load(self, index: int) -> Item:
-        data = read_file(f"{self.root}/{self._paths[index]}")
+        path = self._paths[index]
+        if path in self._unlisted:
+            raise ItemError(f"this folder cannot be listed, its images are missing: {self._unlisted[path]}")
+        data = read_file(f"{self.root}/{path}")
         return Item(decode(data, max_pixels=self.max_pixels), digest_of(data))
 
     def describe(self) -> dict[str, Any]:
-        where = self.root if self.only is None else os.path.join(self.root, self.only[0])
+        places = [printable(os.path.join(self.root, path)) for path in self.only or ()]
         return {
             "kind": "folder",
-            "where": printable(where),
+            "where": printable(self.root) if not places else places[0] if len(places) == 1 else places,
             "items": len(self),
             "ids_hash": self._keys.digest(),
             "classes": None if self.classes is None else list(self.classes),
         }
 
+    def relabelled(self, numbers: Sequence[int] | None, classes: Sequence[str] | None) -> FolderSource:
+        """The same images with `numbers` in place of the folders' places, of `classes`; None: without labels."""
+        other = copy.copy(self)
+        other.classes = None if classes is None else tuple(classes)
+        other._labels = None if numbers is None else np.asarray(numbers, np.int32)[self._labels]
+        return other
+
 
 def class_folders(paths: list[str]) -> tuple[tuple[str, ...] | None, np.ndarray | None]:
     """The names of the first folders and each path's place among them; (None, None) where a path has no folder."""
     first = [path.partition("/") for path in paths]
-    if not all(rest for _, _, rest in first):
+    if not all(slash for _, slash, _ in first):
         return None, None
     names = sorted({folder for folder, _, _ in first})
     place = {name: number for number, name in enumerate(names)}
@@ -79,25 +106,30 @@ def class_folders(paths: list[str]) -> tuple[tuple[str, ...] | None, np.ndarray 
     return tuple(printable(name) for name in names), labels
 
 
-def _listed(root: str) -> list[str]:
-    """Relative paths of the images, sorted."""
-    found: list[str] = []
+def _listed(root: str, only: Sequence[str] | None) -> tuple[list[str], dict[str, str]]:
+    """Relative paths of the images, sorted; and of folders among them (`sub/`), why they could not be listed."""
+    asked = {""} if only is None else set(only)
+    files = {path for path in asked if path and not os.path.isdir(f"{root}/{path}")}
+    found = list(files)
+    unlisted: dict[str, str] = {}
     seen: set[tuple[int, int]] = set()
-    links: list[str] = [""]  # the root; then links to folders, looked at once all real folders are known
+    links: list[str] = []  # to folders: looked at once all real folders are known
+    for start in sorted(asked - files):
+        _walk(root, start, found, unlisted, seen, links)
     skipped = 0
     while links:
         later: list[str] = []
         for start in sorted(links):
-            skipped += not _walk(root, start, found, seen, later)
+            skipped += not _walk(root, start, found, unlisted, seen, later)
         links = later
     if skipped:
-        log.warning(
-            "%s: %d links lead to folders that are listed already, or nowhere; they are left out", root, skipped
-        )
-    return sorted(found)
+        log.warning("%s: %d links lead to folders that are listed already; they are left out", root, skipped)
+    return sorted([*found, *unlisted]), unlisted
 
 
-def _walk(root: str, start: str, found: list[str], seen: set[tuple[int, int]], links: list[str]) -> bool:
+def _walk(
+    root: str, start: str, found: list[str], unlisted: dict[str, str], seen: set[tuple[int, int]], links: list[str]
+) -> bool:
     """Adds what lies below root/start; False where that has been listed already."""
     pending = [start]
     fresh = False
@@ -106,9 +138,8 @@ def _walk(root: str, start: str, found: list[str], seen: set[tuple[int, int]], l
         try:
             descriptor = open_file(f"{root}/{folder}" if folder else root, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
-            if not folder:
-                raise ValueError(f"{root} cannot be listed: {error.strerror}") from error
-            log.warning("%s/%s cannot be listed: %s", root, folder, error.strerror)
+            unlisted |= _reason(root, folder, error)
+            fresh = True
             continue
         try:
             facts = os.fstat(descriptor)
@@ -116,6 +147,8 @@ def _walk(root: str, start: str, found: list[str], seen: set[tuple[int, int]], l
                 continue
             seen.add((facts.st_dev, facts.st_ino))
             fresh = True
+            if folder != start and _is_ours(descriptor):
+                continue
             with os.scandir(descriptor) as entries:
                 for entry in entries:
                     if entry.name.startswith("."):
@@ -125,9 +158,27 @@ def _walk(root: str, start: str, found: list[str], seen: set[tuple[int, int]], l
                         (links if entry.is_symlink() else pending).append(path)
                     elif os.path.splitext(entry.name)[1].lower() in SUFFIXES:
                         found.append(path)
+        except OSError as error:  # a disk that fails in the middle of a folder
+            unlisted |= _reason(root, folder, error)
         finally:
             os.close(descriptor)
     return fresh
+
+
+def _reason(root: str, folder: str, error: OSError) -> dict[str, str]:
+    reason = error.strerror or str(error)
+    if not folder:
+        raise ValueError(f"{root} cannot be listed: {reason}") from error
+    return {f"{folder}/": reason}
+
+
+def _is_ours(descriptor: int) -> bool:
+    """Whether a folder is a store, or holds pictures that this package made."""
+    for name in (MARK, "zarr.json"):
+        with contextlib.suppress(OSError):
+            os.stat(name, dir_fd=descriptor)
+            return True
+    return False
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

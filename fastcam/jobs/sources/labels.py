@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,28 @@ import numpy as np
 from ._decode import ItemError
 from ._source import Item, Source, digest_of
 from ._table import as_label, columns, rows_by_id
+from .folder import FolderSource
 
-__all__ = ["Labelled"]
+__all__ = ["Labelled", "for_model"]
+
+
+def for_model(source: Source, classes: int | None, names: Sequence[str] | None) -> Source:
+    """The source, its labels being a model's classes: what stands in files and data sets is taken as it is, class
+    folders only where they can be the model's.
+
+    classes  how many the model has; None: unknown
+    names    theirs, in order; None: unknown
+
+    Folders that all bear names of classes are these, whatever their order and number; as many folders as classes are
+    classes in alphabetical order; others are no labels (`classes` is None then).
+    """
+    if not isinstance(source, FolderSource) or source.classes is None:
+        return source
+    given = Counter(names or ())
+    place = {name: number for number, name in enumerate(names or ()) if given[name] == 1}
+    if names and all(folder in place for folder in source.classes):
+        return source.relabelled([place[folder] for folder in source.classes], names)
+    return source if len(source.classes) == classes else source.relabelled(None, None)
 
 
 class Labelled:

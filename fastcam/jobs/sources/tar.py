@@ -47,9 +47,9 @@ class TarSource:
 
     classes: tuple[str, ...] | None = None
 
-    def __init__(self, paths: list[str], *, where: str | Path, max_pixels: int = MAX_PIXELS):
+    def __init__(self, paths: list[str], *, where: str | Path | list[str], max_pixels: int = MAX_PIXELS):
         self.paths = [os.path.abspath(path) for path in paths]
-        self.where = os.path.abspath(where)
+        self.where = [os.path.abspath(path) for path in (where if isinstance(where, list) else [where])]
         self.max_pixels = max_pixels
         names: list[str] = []
         offsets, sizes, tars, labels = [], [], [], []
@@ -65,7 +65,9 @@ class TarSource:
                 tars.append(number)
                 labels.append(-1 if member.label is None else member.label)
         if not names:
-            raise ValueError(f"{where} holds no images (members that end in {', '.join(sorted(SUFFIXES))})")
+            raise ValueError(
+                f"{', '.join(self.where)} holds no images (members that end in {', '.join(sorted(SUFFIXES))})"
+            )
         self._keys = Names(unique(names))
         self._offsets, self._sizes = np.array(offsets, np.int64), np.array(sizes, np.int64)
         self._tars, self._labels = np.array(tars, np.int32), np.array(labels, np.int32)
@@ -99,7 +101,7 @@ class TarSource:
     def describe(self) -> dict[str, Any]:
         return {
             "kind": "tar",
-            "where": printable(self.where),
+            "where": printable(self.where[0]) if len(self.where) == 1 else [printable(path) for path in self.where],
             "items": len(self),
             "ids_hash": self._keys.digest(),
             "labels_hash": digest_of(self._labels.tobytes()),
