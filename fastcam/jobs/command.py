@@ -6,8 +6,10 @@ import argparse
 import contextlib
 import json
 import logging
+import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -17,7 +19,10 @@ from .writer import JobError
 
 __all__ = ["main"]
 
-CODES = "exit codes: 0 all done, 3 some items failed, 2 wrong usage, 1 stopped by an error, 130 interrupted"
+CODES = (
+    "exit codes: 0 all done, 3 some items failed (under torchrun 0), 2 wrong usage, 1 stopped by an error, "
+    "130 interrupted"
+)
 
 
 def main(words: Sequence[str]) -> int:
@@ -25,7 +30,7 @@ def main(words: Sequence[str]) -> int:
     parser = _merge_parser() if words[0] == "merge" else _run_parser()
     given = parser.parse_args(words[1:])
     try:
-        with _interruptible():
+        with _interruptible(), _silent() if given.quiet else contextlib.nullcontext():
             summary: Summary = given.call(given)
     except KeyboardInterrupt:
         print("fastcam: interrupted; what was done is safe, go on with --resume", file=sys.stderr)
@@ -45,6 +50,11 @@ def main(words: Sequence[str]) -> int:
         print(summary)
         if summary.failed:
             print(f"reasons: fastcam show {summary.store} --failed")
+    if summary.exit_code == 3 and "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun takes any other code for a crash and ends the shards that are still at work.
+        if not given.quiet:
+            print(f"fastcam: exit code 0 in place of 3 ({summary.failed} items failed) under torchrun", file=sys.stderr)
+        return 0
     return summary.exit_code
 
 
@@ -54,11 +64,8 @@ def _run(given: argparse.Namespace) -> Summary:
     options = vars(given).copy()
     for name in ("call", "json"):
         options.pop(name)
-    if given.threads:
-        import torch
-
-        torch.set_num_threads(given.threads)
-    options.pop("threads")
+    if len(given.images) == 1:
+        options["images"] = given.images[0]
     if not given.quiet:
         logging.basicConfig(format="fastcam: %(message)s", level=logging.WARNING)
     options["quiet"] = given.quiet or given.json
@@ -86,21 +93,35 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Errors only: no warnings of this package, nor of those it uses."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
 def _run_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastcam run", description="Explain every image of a data set into a store.", epilog=CODES
     )
     add, default = parser.add_argument, {name: f.default for name, f in Options.__dataclass_fields__.items()}
     add("--model", required=True, help="torchvision:NAME, timm:NAME, hf:NAME, package.module:factory or program.pt2")
-    add("--images", required=True, help="folder, manifest (.csv, .parquet), .tar files, .npy, .npz, .zarr")
+    add("--images", required=True, nargs="+", metavar="PATH",
+        help="folders, .tar files or image files; one manifest (.csv, .parquet), .npy, .npz or .zarr")  # fmt: skip
     add("--out", required=True, help="the store, e.g. maps.zarr; {i} and {n} become the shard's numbers")
     add("--method", default=default["method"], help="see fastcam methods (default: %(default)s)")
     add("--option", dest="options", action="append", type=_option, default=[], metavar="NAME=VALUE",
         help="an option of the method; the value is JSON, or else text")  # fmt: skip
     add("--weights", help="safetensors file or checkpoint of tensors")
     add("--layer", help="dotted name (default: the last feature map)")
-    add("--targets", default="predicted", help="predicted, topK, a class, labels, or a file of labels")
-    add("--labels", help="file of labels, for --targets labels")
+    add("--targets", default="predicted", help="predicted, topK, a class, labels, or a file of labels (see --labels)")
+    add("--labels", help="file of labels (.csv, .tsv, .parquet, .npy), for --targets labels")
     add("--size", default="layer", help="of the stored maps: layer, input, N or HxW (default: %(default)s)")
     add("--dtype", default="float16", choices=("float16", "float32", "uint8"))
     add("--scores", default="all", choices=("all", "targets"), help="which of the model's scores to keep")
@@ -164,7 +185,10 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 
 def _share(text: str) -> float | str:
-    return text if text == "squash" else float(text)
+    try:
+        return text if text == "squash" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a share, as in 0.875, or squash; got {text!r}") from None
 
 
 def _size(text: str) -> int | tuple[int, ...]:

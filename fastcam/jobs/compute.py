@@ -265,7 +265,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def pack(part: Part, layout: Layout, all_scores: bool) -> dict[str, np.ndarray]:
-    """A part that has results as columns of the store, digests not yet in them."""
+    """A part that has results as columns of the store, digests not yet in them; where they are not finite, none."""
     columns = layout.empty(len(part.slots))
     part.wait()
     assert part.maps is not None
@@ -287,6 +287,9 @@ def pack(part: Part, layout: Layout, all_scores: bool) -> dict[str, np.ndarray]:
         columns["error"][~valid] = [
             f"{w} is not finite: NaN or infinity in the image or the weights" for w in what[~valid]
         ]
+        nothing = layout.empty(int((~valid).sum()))
+        for name in ("maps", "scale", "offset", "scores", "targets"):
+            columns[name][~valid] = nothing[name]
     return columns
 
 

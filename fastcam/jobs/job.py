@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
-import platform
-import subprocess
-from collections.abc import Sequence
-from importlib import metadata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 
-import fastcam
-
 from .compute import Attributor
 from .layout import DONE, FAILED, TILE, Layout, storable
 from .local import Pipeline, batches, default_workers
 from .options import Options
 from .progress import Meter, Summary
-from .writer import BlockWriter, JobError, Lock, create, differences, facts_of
+from .provenance import commit, plain, versions
+from .sources import ItemError
+from .writer import BlockWriter, JobError, Lock, create, differences, facts_of, write_facts
 
 if TYPE_CHECKING:
     from fastcam.models import LoadedModel
@@ -42,12 +40,14 @@ def run(model: Any, images: Any, out: str | Path, *, quiet: bool = True, **optio
 
     model          a module, or what `fastcam.models.load_model` takes: "torchvision:resnet50", "timm:...", "hf:...",
                    "package.module:factory", "program.pt2"
-    images         what `fastcam.jobs.sources.open_source` takes: a folder, a manifest, tars, an array, a Source
+    images         what `fastcam.jobs.sources.open_source` takes: a folder, a manifest, tars, an array, a Source. Class
+                   folders are labels where they bear the names of the model's classes, or are as many
     out            the store; "{i}" and "{n}" in it become the shard's numbers
     method         a name from `fastcam.methods()`, for single images
     weights        a safetensors file, or a checkpoint of tensors
     layer          as in `fastcam.Explainer`, by name
-    targets        "predicted" · "top5" · a class · "labels" (the source's) · a file of labels (.csv, .parquet)
+    targets        "predicted" · "top5" · a class · "labels" (the source's) · a file of labels (.csv, .tsv,
+                   .parquet, .npy)
     labels         a file of labels, for targets="labels"
     size           maps at "layer" size, at "input" size, N or (H, W); never normalised, that is done on reading
     dtype          "float16" · "float32" · "uint8" (256 levels between each map's least and largest value)
@@ -58,8 +58,10 @@ def run(model: Any, images: Any, out: str | Path, *, quiet: bool = True, **optio
     precision, channels_last   as in `fastcam.Explainer`
     device         "auto": CUDA where there is a GPU · "cpu" · "cuda" · "cuda:1"
     workers        decode threads; None: one a core, at most 16
+    threads        CPU threads of the network (with Ray: of each actor's); None: torch's setting
     engine         "local" · "ray" (actors, cpus_per_actor, gpus_per_actor say how it spreads)
-    resume         go on with the store if it exists; without, an existing store is an error
+    resume         go on with the store if it exists, also with images that were moved; without, an existing store is
+                   an error
     retry_failed   work on items that failed before, too
     limit          only the first N items
     shard          "i/n": part i of n, counted from 0, to be joined by `fastcam.jobs.merge` · "auto": as torchrun or
@@ -74,8 +76,21 @@ def run(model: Any, images: Any, out: str | Path, *, quiet: bool = True, **optio
     Raises ValueError or TypeError for options that make no sense; JobError where the store, the model or the machine
     stops the job, `usage` telling which of both. Cost: that of the method, if decoding keeps up.
     """
-    with Job(Options(model=model, images=images, out=out, **options), quiet=quiet) as job:
+    asked = Options(model=model, images=images, out=out, **options)
+    with _threads(asked.threads), Job(asked, quiet=quiet) as job:
         return execute(job)
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        if count is not None:
+            torch.set_num_threads(before)
 
 
 class Ready(Protocol):
@@ -140,6 +155,7 @@ class Job:
                     "--out",
                     usage=True,
                 )
+            self._follow(stored, facts)
         if stored is None or 0 in stored["input_shape"]:
             stored = self._create(facts)
         elif stored["versions"] != facts["versions"]:
@@ -148,7 +164,7 @@ class Job:
         self.layout = Layout.from_json(stored["layout"])
         if 0 not in self.shape:
             if self.attributor.classes is None:
-                self.attributor.probe(self.shape, options, len(self))
+                self._probe(self.shape)
             asked = stored["batch_size"] if options.batch_size == "auto" and self.device.type != "cpu" else None
             self.batch_size = self.attributor.choose_batch(asked or options.batch_size, self.shape)
         self.writer = BlockWriter(self.root, self.layout)
@@ -179,9 +195,9 @@ class Job:
             "model": loaded.spec,
             "weights_hash": loaded.weights_hash,
             "classes": list(loaded.classes) if loaded.classes else None,
-            "preprocessing": _plain(loaded.prepare.describe()),
+            "preprocessing": plain(loaded.prepare.describe()),
             "method": options.method,
-            "options": _plain(self.attributor.explainer.options),
+            "options": plain(self.attributor.explainer.options),
             "layer": options.layer,
             "targets": options.target_spec,
             "size": size if isinstance(size, str) else list(size),
@@ -189,14 +205,14 @@ class Job:
             "scores": options.scores,
             "precision": options.precision,
             "channels_last": options.channels_last,
-            "source": _plain(self.source.describe()),
+            "source": plain(self.source.describe()),
             "limit": options.limit,
             "shard": options.shard,
             "rows": [self.start, self.stop],
             "items": self.items,
             "signed": self.attributor.signed,
-            "versions": _versions(),
-            "commit": _commit(),
+            "versions": versions(),
+            "commit": commit(),
         }
 
     def _create(self, facts: dict[str, Any]) -> dict[str, Any]:
@@ -204,8 +220,7 @@ class Job:
         options = self.options
         shape = self._first_shape()
         if shape:
-            label = self.source.label(self.start) if options.target_spec == "labels" else None
-            layout, name = self.attributor.probe(shape, options, len(self), label)
+            layout, name = self._probe(shape)
             if options.engine == "ray" and not options.shard_rows:
                 from .ray_engine import spread
 
@@ -220,6 +235,7 @@ class Job:
             "input_size": list(shape[1:] if shape else (0, 0)),
             "batch_size": batch,
             "shard_rows": options.shard_rows,
+            "class_count": self.attributor.classes,
             "layout": layout.to_json(),
         }
         ids = [storable(self.source.key(index)) for index in range(self.start, self.stop)]
@@ -228,6 +244,47 @@ class Job:
         except OSError as error:
             raise JobError(disk_message(self.root, error)) from error
         return facts
+
+    def _probe(self, shape: tuple[int, ...]) -> tuple[Layout, str]:
+        """The layout of the results, and the layer's name. From then on folders are labels only if they fit the model.
+
+        JobError where they do not and are asked for.
+        """
+        from .sources.labels import for_model
+
+        wanted = self.options.target_spec == "labels"
+        label = self.source.label(self.start) if wanted else None
+        found = self.attributor.probe(shape, self.options, len(self), label)
+        given, classes = self.source, self.attributor.classes
+        self.source = for_model(given, classes, self.loaded.classes)
+        if wanted and self.source is not given and self.source.classes is None:
+            raise JobError(
+                f"targets 'labels': there are {len(given.classes or ())} class folders and the model has {classes} "
+                "classes, whose names the folders do not bear; give each item's class in a file: --labels FILE.csv "
+                "(columns id,label)",
+                usage=True,
+            )
+        return found
+
+    def _follow(self, stored: dict[str, Any], facts: dict[str, Any]) -> None:
+        """Write down where images and labels that were moved lie now; JobError where other images lie there."""
+        if stored["source"] == facts["source"]:
+            return
+        from .store import Store
+
+        store, (before, now) = Store(self.root), (found["source"].get("where") for found in (stored, facts))
+        done = np.flatnonzero(store.status == DONE)
+        for row in sorted({int(done[place]) for place in (0, len(done) // 2, -1)} if len(done) else ()):
+            try:
+                digest = self.source.load(self.start + row).digest
+            except ItemError as error:
+                digest = str(error)
+            if digest != store.column("digest")[row]:
+                what = f"{store.column('ids')[row]} is not what was explained"
+                raise JobError(f"{self.root} was made from {before}; at {now} {what}; choose another --out", usage=True)
+        log.warning("the images of %s, found at %s before, are taken from %s", self.root, before, now)
+        stored["source"] = facts["source"]
+        write_facts(self.root, stored)
 
     def _first_shape(self) -> tuple[int, ...] | None:
         for index in range(self.start, self.stop):
@@ -323,47 +380,3 @@ def _device(text: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {text!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device
-
-
-def _plain(value: Any) -> Any:
-    """`value` as JSON has it, so that it compares equal with what comes back from a file."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, np.generic):
-        return value.item()
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, (torch.Tensor, np.ndarray)):
-        import hashlib
-
-        array = np.ascontiguousarray(value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value)
-        digest = hashlib.sha256(array.tobytes()).hexdigest()[:16]
-        return f"{type(value).__name__}{tuple(value.shape)} sha256 {digest}"
-    name = getattr(value, "__qualname__", None)
-    return f"{value.__module__}.{name}" if name else str(value) if isinstance(value, Path) else type(value).__qualname__
-
-
-def _versions() -> dict[str, str]:
-    found = {"fastcam": fastcam.__version__, "python": platform.python_version()}
-    for name in ("torch", "numpy", "zarr", "pillow"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _commit() -> str | None:
-    """Commit of the checkout that runs, where it is one."""
-    root = Path(fastcam.__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
-    except OSError:
-        return None
-    return done.stdout.strip() or None

@@ -13,7 +13,7 @@ import numpy as np
 from .layout import DONE, FAILED, PENDING, sync_folder
 from .progress import Meter, Summary
 from .store import Store
-from .writer import IDENTITY, JOURNAL, BlockWriter, JobError, Lock, create, differences
+from .writer import IDENTITY, JOURNAL, BlockWriter, JobError, Lock, create, differences, refuse_if_written
 
 __all__ = ["merge"]
 
@@ -23,8 +23,9 @@ def merge(out: str | Path, stores: Sequence[str | Path]) -> Summary:
 
         fastcam.jobs.merge("maps.zarr", ["maps.0.zarr", "maps.1.zarr"])
 
-    Raises JobError where `out` exists, a shard is missing, given twice, unfinished or of another job; FileNotFoundError
-    where there is no store. Memory: one block. A merge that is cut short leaves nothing under the name `out`.
+    The shards are only read. Raises JobError where `out` exists, a shard is missing, given twice, unfinished, being
+    written, or of another job; FileNotFoundError where there is no store. Memory: one block. A merge that is cut short
+    leaves nothing under the name `out`.
     """
     out = Path(out)
     if out.exists():
@@ -61,7 +62,7 @@ def merge(out: str | Path, stores: Sequence[str | Path]) -> Summary:
 def _check(parts: list[Store]) -> None:
     keys = tuple(key for key in IDENTITY if key != "shard")
     for part in parts:
-        Lock(part.path).release()
+        refuse_if_written(part.path)
         pending = int((part.status == PENDING).sum())
         if pending or any((part.path / JOURNAL).glob("*.npz")):
             raise JobError(f"{part.path} is not finished ({pending} items pending); finish it with --resume first")

@@ -11,6 +11,9 @@ from typing import Any
 
 __all__ = ["Options"]
 
+#: Names of files of labels, as `sources.labels.Labelled` reads them.
+LABEL_FILES = (".csv", ".tsv", ".parquet", ".npy")
+
 
 @dataclass(frozen=True)
 class Options:
@@ -38,6 +41,7 @@ class Options:
     channels_last: bool = False
     device: str = "auto"
     workers: int | None = None
+    threads: int | None = None
     engine: str = "local"
     actors: int | None = None
     cpus_per_actor: float = 1.0
@@ -52,7 +56,7 @@ class Options:
         _one_of("dtype", self.dtype, ("float16", "float32", "uint8"))
         _one_of("scores", self.scores, ("all", "targets"))
         _one_of("engine", self.engine, ("local", "ray"))
-        for name in ("batch_size", "workers", "actors", "shard_rows", "limit"):
+        for name in ("batch_size", "workers", "threads", "actors", "shard_rows", "limit"):
             value = getattr(self, name)
             if value is None or (name == "batch_size" and value == "auto"):
                 continue
@@ -78,7 +82,7 @@ class Options:
     @property
     def _names_file(self) -> bool:
         text = self.targets
-        return isinstance(text, Path) or (isinstance(text, str) and Path(text).suffix in (".csv", ".parquet", ".tsv"))
+        return isinstance(text, Path) or (isinstance(text, str) and Path(text).suffix.lower() in LABEL_FILES)
 
     @property
     def target_spec(self) -> str | int:

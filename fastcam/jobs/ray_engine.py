@@ -8,8 +8,11 @@ The nodes see `out` and the images under the same paths (a shared file system).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,17 +64,38 @@ class _Work:
     device: str
 
 
+class WorkerError(RuntimeError):
+    """What a worker raised, in one line: Ray hands on the text of an error, not what caused it."""
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise WorkerError(" ".join(f"{type(error).__name__}: {error}".split())) from error
+
+
+def cause_of(error: Exception) -> str:
+    """Why a worker stopped: what it raised, or what Ray says of its end, in one line."""
+    found = re.search(rf"{WorkerError.__name__}: (.+)", str(error))
+    return found[1].strip() if found else " ".join(str(error).split())[:600]
+
+
 class BlockActor:
     """Holds the model and the method; a call does one block."""
 
     def __init__(self, work: Any):
+        with _told():
+            self._begin(work)
+
+    def _begin(self, work: Any) -> None:
         from .compute import Attributor
 
         ray = need_ray()
         self.work: _Work = ray.get(work[0])
         options = self.work.options
-        threads = max(1, int(options.cpus_per_actor))
-        torch.set_num_threads(threads)
+        torch.set_num_threads(options.threads or max(1, int(options.cpus_per_actor)))
         device = torch.device(self.work.device)
         self.device = torch.device("cuda", 0) if device.type == "cuda" else device  # Ray shows an actor its own GPUs
         self.loaded, self.source, self.start = self.work.loaded, self.work.source, self.work.start
@@ -87,9 +111,10 @@ class BlockActor:
 
         found: dict[str, list[int]] = {"block": [], "done": [], "failed": []}
         for block in batch["block"].tolist():
-            self.status = self.writer.status_of(block)
             meter = Meter(self.layout.rows)
-            work(self, meter, [block])
+            with _told():
+                self.status = self.writer.status_of(block)
+                work(self, meter, [block])
             for name, value in (("block", block), ("done", meter.done), ("failed", meter.failed)):
                 found[name].append(value)
         return {name: np.array(values) for name, values in found.items()}
@@ -111,7 +136,7 @@ def run_blocks(job: Job, meter: Meter) -> None:
     try:
         _stream(ray, job, meter, blocks)
     except ray.exceptions.RayError as error:
-        raise JobError(f"a worker stopped: {str(error).strip().splitlines()[-1]}; go on with --resume") from error
+        raise JobError(f"a worker stopped: {cause_of(error)}; go on with --resume") from error
     finally:
         if own:
             ray.shutdown()

@@ -37,6 +37,7 @@ from .layout import (
 )
 
 __all__ = ["BlockWriter", "JobError", "Lock", "create", "differences", "facts_of", "failed"]
+__all__ += ["refuse_if_written", "write_facts"]
 
 ATTRIBUTE = "fastcam"
 JOURNAL = "journal"
@@ -80,7 +81,7 @@ class Lock:
                 if path.exists() and os.path.samestat(os.fstat(handle), path.stat()):
                     return handle
             except BlockingIOError:
-                holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+                holder = _holder(handle)
                 os.close(handle)
                 message = f"{self.root} is being written by {holder}; wait for it, or choose another --out"
                 raise JobError(message) from None
@@ -107,6 +108,24 @@ class Lock:
         self.release()
 
 
+def _holder(handle: int) -> str:
+    return os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+
+
+def refuse_if_written(root: Path) -> None:
+    """JobError where a process writes the store; touches nothing, so that it may lie on a read-only disk."""
+    try:
+        handle = os.open(root / LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise JobError(f"{root} is being written by {_holder(handle)}; wait for it") from None
+    finally:
+        os.close(handle)
+
+
 def facts_of(root: Path) -> dict[str, Any] | None:
     """A store's provenance; None where nothing is there yet, or a creation was cut short.
 
@@ -130,16 +149,21 @@ def create(root: Path, layout: Layout, ids: list[str], facts: Mapping[str, Any])
 
     A mark says that what lies in the folder until then is of a creation, and may be deleted by the next.
     """
-    zarr = need_zarr()
+    need_zarr()
     write_durably(root / CREATING, b"")
     for path in root.iterdir():
         if path.name not in (LOCK, CREATING):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     sync_folder(root.absolute().parent)  # the store's own name
     create_arrays(root, layout, ids)
-    group = zarr.open_group(durable_store(root), mode="a", zarr_format=3)
-    group.attrs.update({ATTRIBUTE: {**facts, "layout": layout.to_json()}})
+    write_facts(root, {**facts, "layout": layout.to_json()})
     (root / CREATING).unlink()
+
+
+def write_facts(root: Path, facts: Mapping[str, Any]) -> None:
+    """The provenance of a locked store, in place of what it has."""
+    group = need_zarr().open_group(durable_store(root), mode="a", zarr_format=3)
+    group.attrs.update({ATTRIBUTE: dict(facts)})
 
 
 #: What makes two jobs the same job, with the words a user knows it by.
@@ -147,6 +171,8 @@ IDENTITY = (
     *("model", "weights_hash", "preprocessing", "method", "options", "layer", "targets", "size", "dtype", "scores"),
     *("precision", "channels_last", "source", "limit", "shard"),
 )
+#: What a source says of itself that may change: where it lies, when hashes tell what it is.
+PLACES = {"where": "ids_hash", "labels": "labels_hash"}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], keys: tuple[str, ...] = IDENTITY) -> list[str]:
@@ -158,6 +184,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], keys: tuple[str,
             continue
         if isinstance(before, dict) and isinstance(now, dict):
             inner = tuple(sorted({*before, *now}))
+            if key == "source":
+                inner = tuple(name for name in inner if PLACES.get(name) not in inner)
             lines += [f"{key}.{line}" for line in differences(before, now, inner)]
         else:
             lines.append(f"{key}: {before!r} in the store, {now!r} now")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -75,7 +78,8 @@ def test_wrong_usage_is_code_2_and_leaves_nothing(images, capsys, words, message
 
 
 @pytest.mark.parametrize(
-    "words", [["--dtype", "int3"], ["--batch-size", "many"], ["--option", "=3"], ["--mean", "a,b"]]
+    "words",
+    [["--dtype", "int3"], ["--batch-size", "many"], ["--option", "=3"], ["--mean", "a,b"], ["--crop", "224,224"]],
 )
 def test_what_the_parser_refuses(images, words):
     with pytest.raises(SystemExit) as stop:
@@ -86,6 +90,100 @@ def test_what_the_parser_refuses(images, words):
 def test_a_machine_that_fails_is_code_1(images, capsys):
     assert call("--images", images / "good.npy", "--out", "/proc/a.zarr") == 1
     assert "cannot write to /proc/a.zarr" in capsys.readouterr().err
+
+
+def test_under_torchrun_failed_items_are_no_crash(images, capsys, monkeypatch):
+    """Any code but 0 makes torchrun end the other shards; the summary keeps the job's own."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    words = ["--images", images / "bad.npy", "--json"]
+    assert call(*words, "--out", images / "a.zarr") == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["exit_code"] == 3
+    assert printed.err == "fastcam: exit code 0 in place of 3 (1 items failed) under torchrun\n"
+    assert call(*words, "--out", images / "b.zarr", "--quiet") == 0
+    assert capsys.readouterr().err == ""
+    assert call(*words, "--out", images / "b.zarr") == 2  # other codes are as ever
+
+
+@pytest.mark.slow
+def test_torchrun_itself_lets_every_shard_finish(tmp_path):
+    """Rank 0 has all failures and is long done while rank 1 is still at work."""
+    array = np.zeros((6_000, 3, 8, 8), dtype=np.float32)
+    array[:100] = np.nan
+    np.save(tmp_path / "x.npy", array)
+    launcher = [
+        sys.executable,
+        "-P",
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--monitor-interval",
+        "0.1",
+    ]
+    words = ["run", "--model", MODEL, "--images", tmp_path / "x.npy", "--out", tmp_path / "{i}.zarr", "--shard", "auto"]
+    extra = ["--threads", "1", "--limit", "5000", "--batch-size", "16", "--workers", "1"]
+    done = subprocess.run(
+        [*map(str, [*launcher, "-m", "fastcam.cli", *words, *extra])], capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    stores = [jobs.Store(tmp_path / f"{rank}.zarr") for rank in range(2)]
+    assert [int((store.status == 1).sum()) for store in stores] == [len(stores[0]) - 100, len(stores[1])]
+    assert main(["merge", str(tmp_path / "m.zarr"), *(str(store.path) for store in stores)]) == 3
+
+
+def test_quiet_is_quiet(images, capsys, caplog, monkeypatch):
+    """Neither warnings of the package, nor of others, in either of Python's two ways; afterwards both speak again."""
+
+    def talks(*_):
+        warnings.warn("a warning", stacklevel=1)
+        logging.getLogger("fastcam").warning("a line")
+        logging.getLogger("zarr").warning("another's line")
+
+    monkeypatch.setattr("fastcam.models.check_finite", talks)
+    for words, count in (["--quiet"], 0), ([], 1):
+        caplog.clear()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            assert call("--images", images / "good.npy", "--out", images / f"{count}.zarr", *words) == 0
+        said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+        assert (len(seen), said) == (count, count * ["a line", "another's line"])
+    assert capsys.readouterr().err == ""
+
+
+def test_several_tars_as_a_shell_names_them(tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    for name in "ab":
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            for number in range(2):
+                Image.new("RGB", (16, 16), (number, 0, 0)).save(tmp_path / f"{number}.png")
+                tar.add(tmp_path / f"{number}.png", f"{number}.png")
+    words = ["--image-size", "16", "--mean", "0,0,0", "--std", "1,1,1", "--crop", "squash", "--quiet"]
+    assert call("--images", tmp_path / "a.tar", tmp_path / "b.tar", "--out", tmp_path / "m.zarr", *words) == 0
+    store = jobs.Store(tmp_path / "m.zarr")
+    assert store.ids == ["a.tar/0.png", "a.tar/1.png", "b.tar/0.png", "b.tar/1.png"]
+    assert store.provenance["source"]["where"] == [str(tmp_path / "a.tar"), str(tmp_path / "b.tar")]
+    assert store.provenance["preprocessing"]["resize"] == [16, 16]
+    # The pattern names the same items.
+    assert call("--images", tmp_path / "[ab].tar", "--out", tmp_path / "m.zarr", "--resume", *words) == 0
+
+
+def test_pictures_nobody_knows_how_to_prepare_stop_the_job(tmp_path, capsys):
+    Image = pytest.importorskip("PIL.Image")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/a.png").write_bytes(b"broken")
+    Image.new("RGB", (16, 16)).save(tmp_path / "photos/b.png")
+    for words in [], ["--image-size", "16"]:
+        assert call("--images", tmp_path / "photos", "--out", tmp_path / "m.zarr", *words) == 2
+        assert "how the model wants its pictures is not known: give image_size=, mean=" in capsys.readouterr().err
+        assert not (tmp_path / "m.zarr").exists()
+
+
+def test_labels_from_numpy(images):
+    labels = np.arange(20) % 5
+    np.save(images / "labels.npy", labels)
+    assert call("--images", images / "good.npy", "--out", images / "a.zarr", "--targets", images / "labels.npy") == 0
+    assert np.array_equal(jobs.Store(images / "a.zarr").targets, labels)
 
 
 def test_options_arrive(images):

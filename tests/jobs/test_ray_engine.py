@@ -34,3 +34,12 @@ def test_a_killed_worker_loses_and_doubles_nothing(cluster, tmp_path):
     same_arrays(tmp_path / "local.zarr", tmp_path / "ray.zarr")
     again = jobs.run(model, source, tmp_path / "ray.zarr", targets="top2", engine="ray", resume=True)
     assert (again.processed, again.done) == (0, 198)
+
+
+def test_what_stopped_a_worker_is_said(cluster, tmp_path):
+    """The list of labels ends too early, which the worker that comes to its end finds out."""
+    source = Numbered(200, labels=[0] * 100)
+    with pytest.raises(
+        jobs.JobError, match=r"^a worker stopped: IndexError: list index out of range; go on with --res"
+    ):
+        jobs.run(tiny(), source, tmp_path / "a.zarr", targets="labels", engine="ray", actors=1, batch_size=16)

@@ -126,6 +126,8 @@ def test_every_item_that_fails_says_why(model, tmp_path):
     assert errors.pop(0) == errors.pop(9) == "broken on purpose"
     assert "(3, 8, 8), this job's are (3, 16, 16)" in errors.pop(4)
     assert "not finite" in errors.pop(33)
+    assert store.targets[[0, 4, 9, 33]].tolist() == [-1] * 4
+    assert np.isnan(store.scores[[0, 4, 9, 33]]).all()
     assert not errors
     with pytest.raises(ValueError, match=r"image-9\) failed: broken on purpose"):
         store.map(9)
@@ -235,6 +237,61 @@ def test_threads_of_the_process_are_left_alone(model, tmp_path):
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_threads_of_the_network(tmp_path):
+    class Watches(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.seen = tiny(), set()
+            self.eval()
+
+        def forward(self, x):
+            self.seen.add(torch.get_num_threads())
+            return self.inner(x)
+
+    net, before = Watches(), torch.get_num_threads()
+    jobs.run(net, Numbered(20), tmp_path / "a.zarr", threads=before + 1, method="grad_cam", layer="inner.features")
+    assert net.seen == {before + 1}
+    assert torch.get_num_threads() == before
+    with pytest.raises(ValueError, match="threads must be an integer from 1 up, got 0"):
+        jobs.run(net, Numbered(20), tmp_path / "b.zarr", threads=0)
+
+
+def folders(root, names):
+    """An image in each folder."""
+    Image = pytest.importorskip("PIL.Image")
+    for place, name in enumerate(names):
+        (root / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16), (40 * place, 0, 0)).save(root / name / "x.png")
+    return root
+
+
+SEEN = {"image_size": 16, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+
+
+def test_class_folders_are_labels_if_they_fit_the_model(model, tmp_path):
+    """As many folders as classes: in order. Fewer: no labels, which is said where they are asked for."""
+    jobs.run(model, folders(tmp_path / "five", "edcba"), tmp_path / "a.zarr", targets="labels", **SEEN)
+    store = jobs.Store(tmp_path / "a.zarr")
+    assert store.ids == [f"{name}/x.png" for name in "abcde"]
+    assert store.targets.tolist() == [0, 1, 2, 3, 4]
+    three = folders(tmp_path / "three", "abc")
+    with pytest.raises(jobs.JobError, match="there are 3 class folders and the model has 5 classes") as error:
+        jobs.run(model, three, tmp_path / "b.zarr", targets="labels", **SEEN)
+    assert error.value.usage
+    assert not (tmp_path / "b.zarr").exists()
+    jobs.run(model, three, tmp_path / "b.zarr", **SEEN)
+    np.save(tmp_path / "labels.npy", np.array([4, 0, 2]))
+    jobs.run(model, three, tmp_path / "c.zarr", targets=tmp_path / "labels.npy", **SEEN)
+    assert jobs.Store(tmp_path / "c.zarr").targets.tolist() == [4, 0, 2]
+
+
+def test_class_folders_that_bear_the_models_names(tmp_path):
+    pytest.importorskip("safetensors")
+    where = folders(tmp_path / "digits", ["7", "2", "5"])
+    jobs.run("testbed:tiny_resnet", where, tmp_path / "a.zarr", targets="labels", image_size=32)
+    assert jobs.Store(tmp_path / "a.zarr").targets.tolist() == [2, 5, 7]
 
 
 class Fussy(torch.nn.Module):

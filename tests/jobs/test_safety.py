@@ -318,6 +318,35 @@ def test_other_weights_and_other_images_are_refused(source, whole):
         jobs.run(tiny(), Numbered(99), whole, resume=True, **OPTIONS)
 
 
+def test_images_that_were_moved_are_gone_on_with(model, tmp_path, caplog):
+    """The path is no part of a job; what lies there is, by names and by content."""
+    Image = pytest.importorskip("PIL.Image")
+
+    def pictures(name, grey):
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            Image.new("RGB", (16, 16), (grey + number,) * 3).save(tmp_path / name / f"{number}.png")
+
+    pictures("first", 10)
+    seen = {"image_size": 16, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    out = tmp_path / "a.zarr"
+    jobs.run(model, tmp_path / "first", out, **seen)
+    (tmp_path / "first").rename(tmp_path / "second")
+    with caplog.at_level("WARNING"):
+        summary = jobs.run(model, tmp_path / "second", out, resume=True, **seen)
+    assert (summary.processed, summary.done) == (0, 3)
+    assert f"found at {tmp_path}/first before, are taken from {tmp_path}/second" in caplog.text
+    assert jobs.Store(out).provenance["source"]["where"] == str(tmp_path / "second")
+    pictures("other", 90)
+    with pytest.raises(jobs.JobError, match=r"at .*other 0\.png is not what was explained") as error:
+        jobs.run(model, tmp_path / "other", out, resume=True, **seen)
+    assert error.value.usage
+    assert jobs.Store(out).provenance["source"]["where"] == str(tmp_path / "second")
+    (tmp_path / "other/0.png").rename(tmp_path / "other/00.png")
+    with pytest.raises(jobs.JobError, match=r"source\.ids_hash"):
+        jobs.run(model, tmp_path / "other", out, resume=True, **seen)
+
+
 def test_a_store_opens_with_plain_zarr(whole):
     """Array names, sizes and attributes are a contract with tools that know nothing of this package."""
     import zarr
@@ -341,3 +370,16 @@ def test_a_store_opens_with_plain_zarr(whole):
     for key in ("model", "weights_hash", "method", "options", "versions", "commit", "preprocessing", "source"):
         assert key in facts
     assert facts["options"]["relu"] is True
+
+
+def test_a_store_opens_with_xarray(whole):
+    xarray = pytest.importorskip("xarray")
+    data = xarray.open_zarr(whole, consolidated=False)
+    assert dict(data.sizes) == {"item": 100, "target": 2, "y": 8, "x": 8, "class": 5}
+    store = jobs.Store(whole)
+    good = data.isel(item=np.flatnonzero(data.status == DONE))
+    assert good.sizes["item"] == 98
+    restored = (good.maps.astype("float32") * good.scale + good.offset).sel(item=3).values
+    assert np.array_equal(restored, store.raw(3).numpy())
+    assert [str(name) for name in data.ids[:2].values] == store.ids[:2]
+    assert data.attrs["fastcam"]["method"] == "lift_cam"

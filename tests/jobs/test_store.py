@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -16,6 +17,7 @@ from fastcam import jobs
 from fastcam._testing.jobs import Numbered, tiny
 from fastcam._testing.kills import same_arrays
 from fastcam.jobs.layout import DONE, Layout
+from fastcam.jobs.writer import Lock
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,19 @@ def test_a_job_in_shards_merges_into_the_whole_job(model, tmp_path):
     with pytest.raises(jobs.JobError, match="not of one job; targets: 'predicted' in the store, 0 now"):
         jobs.merge(tmp_path / "b.zarr", [parts[0], tmp_path / "other.zarr", parts[2]])
     assert not (tmp_path / "b.zarr").exists()
+
+
+def test_merging_only_reads_the_shards(model, tmp_path):
+    """Not even a lock is written; a shard that is being written is refused all the same."""
+    parts = [jobs.run(model, Numbered(40), tmp_path / f"{i}.zarr", shard=f"{i}/2").store for i in range(2)]
+    times = lambda: {p: p.stat().st_mtime_ns for part in parts for p in (part, *part.rglob("*"))}  # noqa: E731
+    before = times()
+    jobs.merge(tmp_path / "m.zarr", parts)
+    assert times() == before
+    with Lock(parts[1]), pytest.raises(jobs.JobError, match=rf"1\.zarr is being written by process {os.getpid()}"):
+        jobs.merge(tmp_path / "n.zarr", parts)
+    (parts[0] / "writer.lock").write_text("process 1 on nowhere\n")  # of a writer that was killed
+    assert jobs.merge(tmp_path / "n.zarr", parts).done == 40
 
 
 def test_shards_by_torchrun_and_slurm(model, tmp_path, monkeypatch):
