@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from .layout import DONE
+from .sources.folder import own_folder
 from .store import Store
 
 __all__ = ["KINDS", "write"]
@@ -75,7 +76,7 @@ def _png(store: Store, where: Path, size: str | Sequence[int] | None, normalize:
 
     if not normalize:
         raise ValueError("a picture has no room for raw values; leave normalize=True for kind='png'")
-    where.mkdir(parents=True)
+    own_folder(where)
     signed = store.provenance["signed"]
     for row, found in _maps(store, size, normalize):
         if found is None:

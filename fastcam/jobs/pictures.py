@@ -11,15 +11,21 @@ from torch import Tensor
 
 from fastcam.models import Prepare
 
-from .layout import DONE
+from .layout import DONE, storable
 from .sources import ItemError, Source, open_source
+from .sources.labels import for_model
 from .store import Store
 
 __all__ = ["Pictures", "colormap_of", "confidences"]
 
+#: Rows of scores that are read at a time.
+ROWS = 4096
+
 
 class Pictures:
     """Row of a store -> what the network saw, (3, H, W) in [0, 1], its label, and names of classes.
+
+    An item is found by its id where the source lists other items than the job's did, else by its place.
 
     store   the job's results
     images  where the items are, if not where the job found them (a path, an array, a `Source`)
@@ -32,17 +38,34 @@ class Pictures:
         where = facts.get("where") if images is None else images
         if where is None or (isinstance(where, str) and where == "memory"):
             raise ValueError("the job's images were in memory; pass them again: images=")
-        self.source: Source = open_source(where, labels=facts.get("labels"))
+        self.classes: list[str] | None = store.provenance.get("classes")
+        source = open_source(where, labels=facts.get("labels"))
+        self.source: Source = for_model(source, store.provenance.get("class_count"), self.classes)
         self.store = store
         self.start = int(store.provenance["rows"][0])
-        self.classes: list[str] | None = store.provenance.get("classes")
+        self._places: dict[str, int] | None = None
+        if source.describe().get("ids_hash") != facts.get("ids_hash"):
+            self._places = {storable(source.key(index)): index for index in range(len(source))}
         given = store.provenance.get("preprocessing")
         self.prepare = Prepare(**given) if isinstance(given, dict) else Prepare()
 
-    def label(self, row: int) -> int | None:
-        """The class the source gives; None where it has no such item any more."""
+    def _place(self, row: int) -> int | None:
+        """Number of a row's item in the source; None where it has no such item any more."""
+        if self._places is not None:
+            return self._places.get(self.store.ids[row])
         index = self.start + row
-        return self.source.label(index) if index < len(self.source) else None
+        return index if index < len(self.source) else None
+
+    def label(self, row: int) -> int | None:
+        """The class the source gives, of several the first; None where it gives none or lacks the item."""
+        place = self._place(row)
+        label = None if place is None else self.source.label(place)
+        return None if label is None else int(np.atleast_1d(label)[0])
+
+    def labels(self, count: int) -> np.ndarray:
+        """(count,) int64 of the first rows' labels; -1 where there is none."""
+        found = (self.label(row) for row in range(count))
+        return np.fromiter((-1 if label is None else label for label in found), np.int64, count)
 
     def name(self, number: int) -> str:
         """A class by name, where names are known."""
@@ -50,10 +73,10 @@ class Pictures:
 
     def view(self, row: int) -> Tensor:
         """(3, H, W) float32 in [0, 1] of the input's size; ItemError where the item is gone or has changed."""
-        index = self.start + row
-        if index >= len(self.source):
+        place = self._place(row)
+        if place is None:
             raise ItemError("the source has no such item any more")
-        item = self.source.load(index)
+        item = self.source.load(place)
         # A store may keep more digits of the hash than a source, or fewer.
         stored = self.store.digests[row]
         if stored != item.digest:
@@ -76,30 +99,34 @@ class Pictures:
         return (values - low) / (high - low).clamp_min(1e-12)
 
 
-def confidences(store: Store, labels: list[int | None] | None = None) -> np.ndarray:
-    """(N,) how sure the network was of each item; NaN where there is no result.
+def confidences(store: Store, labels: np.ndarray | None = None, count: int | None = None) -> np.ndarray:
+    """(count,) how sure the network was of each of the first items (None: of all); NaN where there is no result.
 
+    labels  (count,) int64, -1 for none
     Where the store has all scores: the softmax of the label's score, or of the highest where an item has no label.
     Where it has the targets' scores only: the first target's score as it is.
+    Memory: the scores of ROWS items.
     """
-    scores: np.ndarray = store.scores.astype(np.float64)
-    done = store.status == DONE
-    if scores.ndim == 1 or tuple(store.layout.score_shape) == store.layout.target_shape:
-        first = scores if scores.ndim == 1 else scores[:, 0]
-        return np.where(done, first, np.nan)
-    result = np.full(len(store), np.nan)
-    if not scores.shape[1]:
+    count = len(store) if count is None else count
+    result = np.full(count, np.nan)
+    column, shape = store.column("scores"), tuple(store.layout.score_shape)
+    explained = shape == store.layout.target_shape
+    if not explained and (len(shape) != 1 or not shape[0]):
         return result
-    rows = np.flatnonzero(done)
-    found = scores[rows]
-    shares = np.exp(found - found.max(1, keepdims=True))
-    shares /= shares.sum(1, keepdims=True)
-    chosen = found.argmax(1)
-    if labels is not None:
-        given = np.array([-1 if labels[row] is None else labels[row] for row in rows], dtype=np.int64)
-        known = (given >= 0) & (given < scores.shape[1])
-        chosen = np.where(known, given, chosen)
-    result[rows] = shares[np.arange(len(rows)), chosen]
+    for start in range(0, count, ROWS):
+        stop = min(start + ROWS, count)
+        done: np.ndarray = start + np.flatnonzero(store.status[start:stop] == DONE)
+        found = np.asarray(column[start:stop])[done - start].astype(np.float64)
+        if explained:
+            result[done] = found if found.ndim == 1 else found[:, 0]
+            continue
+        shares = np.exp(found - found.max(1, keepdims=True))
+        shares /= shares.sum(1, keepdims=True)
+        chosen = found.argmax(1)
+        if labels is not None:
+            given = labels[done]
+            chosen = np.where((given >= 0) & (given < found.shape[1]), given, chosen)
+        result[done] = shares[np.arange(len(done)), chosen]
     return result
 
 

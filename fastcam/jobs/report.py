@@ -28,6 +28,7 @@ from fastcam import render
 from .layout import DONE, FAILED, PENDING
 from .pictures import Pictures, colormap_of, confidences
 from .sources import ItemError
+from .sources.folder import MARK, own_folder
 from .store import Store
 from .writer import JobError
 
@@ -76,7 +77,7 @@ def report(
     for row, data in enumerate(_thumbnails(pictures, count, side, workers)):
         held += len(data or b"")
         if held > embed * 1e6 and not folder.is_dir():
-            folder.mkdir()
+            own_folder(folder)
             for earlier, text in enumerate(inside):
                 if text:
                     (folder / f"{earlier}.webp").write_bytes(base64.b64decode(text))
@@ -84,8 +85,7 @@ def report(
         if data is not None and folder.is_dir():
             (folder / f"{row}.webp").write_bytes(data)
         inside.append(None if data is None else "" if folder.is_dir() else base64.b64encode(data).decode())
-    labels = [pictures.label(row) for row in range(count)]
-    facts = _facts(store, pictures, labels, count)
+    facts = _facts(store, pictures, count)
     facts |= {"thumbnails": inside, "folder": folder.name if folder.is_dir() else None, "side": side}
     partial = out.with_name(out.name + ".partial")
     partial.write_text(_page(store, facts), encoding="utf-8")
@@ -97,7 +97,7 @@ def _clear(folder: Path) -> None:
     """Delete the thumbnails of an earlier page; FileExistsError where the folder holds anything else."""
     if not folder.is_dir():
         return
-    foreign = [path.name for path in folder.iterdir() if not re.fullmatch(r"\d+\.webp", path.name)]
+    foreign = [p.name for p in folder.iterdir() if p.name != MARK and not re.fullmatch(r"\d+\.webp", p.name)]
     if foreign:
         raise FileExistsError(f"{folder} holds {foreign[0]!r}, which no report made; choose another --out")
     shutil.rmtree(folder)
@@ -128,11 +128,12 @@ def _thumbnails(pictures: Pictures, count: int, side: int, workers: int | None) 
             yield from pool.map(one, range(start, min(start + 256, count)))
 
 
-def _facts(store: Store, pictures: Pictures, labels: list[int | None], count: int) -> dict[str, Any]:
+def _facts(store: Store, pictures: Pictures, count: int) -> dict[str, Any]:
     """What the page's script works on: a column a key."""
     targets = store.targets if store.targets.ndim == 1 else store.targets[:, 0]
-    sure = confidences(store, [*labels, *[None] * (len(store) - count)])[:count]
-    numbers = sorted({int(n) for n in targets[:count]} | {n for n in labels if n is not None})
+    labels = pictures.labels(count)
+    sure = confidences(store, labels, count)
+    numbers = sorted({*targets[:count].tolist(), *labels.tolist()})
     maps, shape = _maps(store, count)
     reasons = sorted(set(store.errors[:count]))
     place = {reason: number for number, reason in enumerate(reasons)}
@@ -142,7 +143,7 @@ def _facts(store: Store, pictures: Pictures, labels: list[int | None], count: in
         "reasons": reasons,
         "reason": [place[reason] for reason in store.errors[:count]],
         "target": [int(target) for target in targets[:count]],
-        "label": labels,
+        "label": [None if label < 0 else label for label in labels.tolist()],
         "score": [None if np.isnan(value) else round(float(value), 5) for value in sure],
         "names": {str(number): pictures.name(number) for number in numbers if number >= 0},
         "maps": base64.b64encode(maps.tobytes()).decode(),

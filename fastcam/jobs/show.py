@@ -16,6 +16,7 @@ from fastcam import render
 from .layout import DONE, FAILED
 from .pictures import Pictures, colormap_of, confidences, safe_name
 from .sources import ItemError
+from .sources.folder import own_folder
 from .store import Store
 from .writer import JobError
 
@@ -48,11 +49,11 @@ def show(
     """
     store = store if isinstance(store, Store) else Store(store)
     pictures = Pictures(store, images)
-    labels = [pictures.label(row) for row in range(len(store))]
+    labels = pictures.labels(len(store))
     sure = confidences(store, labels)
     paths = []
     for row in _chosen(store, pictures, labels, sure, items, worst, class_, limit):
-        path = Path(out) / f"{row:07d}-{safe_name(store.ids[row])}.png"
+        path = own_folder(Path(out)) / f"{row:07d}-{safe_name(store.ids[row])}.png"
         paths.append(_panel(store, pictures, row, float(sure[row]), path))
     return paths
 
@@ -60,7 +61,7 @@ def show(
 def _chosen(
     store: Store,
     pictures: Pictures,
-    labels: list[int | None],
+    labels: np.ndarray,
     sure: np.ndarray,
     items: Sequence[int | str],
     worst: int | None,
@@ -75,8 +76,7 @@ def _chosen(
     if class_ is not None:
         number = _class_number(class_, pictures)
         first = store.targets if store.targets.ndim == 1 else store.targets[:, 0]
-        own = np.array([first[row] if label is None else label for row, label in enumerate(labels)], dtype=np.int64)
-        rows = rows[own[rows] == number]
+        rows = rows[np.where(labels < 0, first, labels)[rows] == number]
         if not len(rows):
             raise ValueError(f"no item with a map is of class {class_!r}")
     if worst is None:
@@ -119,12 +119,11 @@ def _alone(one: torch.Tensor, colormap: str) -> torch.Tensor:
 
 
 def _title(store: Store, pictures: Pictures, row: int, place: int, target: int) -> str:
-    scores = np.atleast_1d(store.scores[row])
+    scores = np.atleast_1d(store.column("scores")[row])
     every = tuple(store.layout.score_shape) != store.layout.target_shape
     at = target if every else place
-    score = f"  {scores[at]:.3f}" if 0 <= at < len(scores) else ""
-    name = pictures.name(target)
-    return f"{name if len(name) <= 20 else name[:19] + '…'}{score}"
+    score = f"\n{scores[at]:.3f}" if scores.ndim == 1 and 0 <= at < len(scores) else ""
+    return f"{pictures.name(target)}{score}"
 
 
 def main(words: Sequence[str]) -> int:

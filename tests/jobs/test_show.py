@@ -53,10 +53,10 @@ def test_pictures_are_what_the_network_saw(job):
 
 def test_confidence_is_the_softmax_of_the_label(job):
     store = Store(job / "maps.zarr")
-    labels = [int(name.split("/")[0]) for name in store.ids]
+    labels = np.array([int(name.split("/")[0]) for name in store.ids])
     sure = confidences(store, labels)
     scores = torch.from_numpy(store.scores)
-    expected = scores.double().softmax(1)[torch.arange(len(store)), torch.tensor(labels)]
+    expected = scores.double().softmax(1)[torch.arange(len(store)), torch.from_numpy(labels)]
     done = store.status == 1
     np.testing.assert_allclose(sure[done], expected[done], rtol=1e-9)
     assert np.isnan(sure[~done]).all()
@@ -66,7 +66,7 @@ def test_confidence_is_the_softmax_of_the_label(job):
 
 def test_the_worst_and_a_class(job, tmp_path):
     store = Store(job / "maps.zarr")
-    labels = [int(name.split("/")[0]) for name in store.ids]
+    labels = np.array([int(name.split("/")[0]) for name in store.ids])
     sure = confidences(store, labels)
     paths = show(store, worst=3, out=tmp_path)
     assert [int(path.name[:7]) for path in paths] == np.argsort(np.nan_to_num(sure, nan=9), kind="stable")[:3].tolist()
@@ -107,6 +107,63 @@ def test_changed_and_missing_pictures_are_said(job, tmp_path):
     with pytest.raises(ItemError, match="no longer what was explained"):
         pictures.view(store.ids.index("1/plain.png"))
     assert show(store, items=["1/plain.png"], images=moved, out=tmp_path / "out")[0].is_file()
+
+
+def test_pictures_are_found_by_id_where_the_list_has_changed(job, tmp_path):
+    """One more picture in front shifts all rows; one that is gone is said to be."""
+    import shutil
+
+    moved = tmp_path / "moved"
+    shutil.copytree(job / "images", moved)
+    Image.new("RGB", (96, 96)).save(moved / "0/aaa.png")
+    (moved / "9/plain.png").unlink()
+    store = Store(job / "maps.zarr")
+    before, now = Pictures(store), Pictures(store, moved)
+    for row, name in enumerate(store.ids):
+        if name not in ("0/broken.png", "9/plain.png"):
+            assert torch.equal(now.view(row), before.view(row))
+            assert now.label(row) == before.label(row)
+    gone = store.ids.index("9/plain.png")
+    assert now.label(gone) is None
+    with pytest.raises(ItemError, match="no such item any more"):
+        now.view(gone)
+
+
+def test_scores_are_read_in_blocks(job, tmp_path, monkeypatch):
+    """No read of more rows than a block, and of no score that is not asked for; the figures are those of one read."""
+    from fastcam.jobs import pictures, report
+
+    store = Store(job / "maps.zarr")
+    expected = confidences(store)
+    reads, column = [], store.column("scores")
+
+    class Watched:
+        def __getitem__(self, rows):
+            reads.append(1 if isinstance(rows, (int, np.integer)) else rows.stop - rows.start)
+            return column[rows]
+
+    monkeypatch.setattr(pictures, "ROWS", 4)
+    monkeypatch.setitem(store._arrays, "scores", Watched())
+    np.testing.assert_array_equal(confidences(store), expected)
+    assert (max(reads), sum(reads)) == (4, len(store))
+    reads.clear()
+    assert len(show(store, worst=2, out=tmp_path)) == 2
+    assert (max(reads), sum(reads)) == (4, len(store) + 4)  # and a title a target
+    reads.clear()
+    report.report(store, tmp_path / "r.html", limit=6)
+    assert reads == [4, 2]
+
+
+def test_folders_that_are_no_classes_of_the_model_are_no_labels(tmp_path):
+    for name in ("one", "two", "three"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16), (len(name),) * 3).save(tmp_path / "images" / name / "x.png")
+    given = {"image_size": 16, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    run("fastcam._testing.jobs:tiny", tmp_path / "images", tmp_path / "maps.zarr", workers=1, **given)
+    store = Store(tmp_path / "maps.zarr")
+    assert Pictures(store).labels(3).tolist() == [-1, -1, -1]
+    with pytest.raises(ValueError, match="no class called 'one'"):
+        show(store, class_="one", out=tmp_path)
 
 
 def test_command(job, tmp_path, capsys):
