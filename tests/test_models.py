@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import pickle
 import sys
 import warnings
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -311,6 +313,19 @@ def test_timm(tmp_path):
     torch.testing.assert_close(loaded.prepare(shown), theirs(shown), atol=1e-6, rtol=1e-6)
     with pytest.raises(ValueError, match="did you mean"):
         load_model("timm:resnet10x")
+
+
+def test_kernel_sources_on_the_path_are_no_kernels_package():
+    """transformers imports `kernels` where it finds one, and asks for its version."""
+    path = Path(fastcam.__file__).parents[1] / "kernels/__init__.py"
+    if not path.is_file():
+        pytest.skip("fastcam is not a checkout here")
+    spec = importlib.util.spec_from_file_location("kernels", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert getattr(module, "__version__", "none") == "none"
+    with pytest.raises(ImportError, match=r"import fastcam\.kernels"):
+        module.get_kernel  # noqa: B018
 
 
 def test_transformers(tmp_path):
