@@ -124,6 +124,9 @@ ADAPTER_GOALS = {
     "quantus PixelFlipping resnet18 224 x 224, 12 steps": "5",
 }
 
+#: Part of a job -> what the docs call it.
+PARTS = {"forward": "the network", "decode": "decoding"}
+
 CAM_MAP_SHAPES = ("8x2048x7x7", "8x512x14x14", "8x256x56x56", "32x2048x7x7", "64x2048x14x14", "64x1024x28x28")
 
 
@@ -606,6 +609,65 @@ def adapters() -> str:
     return "\n".join(lines)
 
 
+def job_rates() -> str:
+    meta, rows, path = load("jobs")
+    lines = [
+        f"ResNet-18, `lift_cam`, 224 x 224, float32, {machine(meta)}, load average {meta['load']:.1f} when the file was written. A job's "
+        "rate beside that of its slower part alone, in images/s: medians over rounds in which they take turns (so ratios mean more "
+        "than rates), their range in brackets. With JPEG files one core decodes and the others compute. "
+        f"[{Path(path).name}](../{path}), from `{meta.get('command', 'python -P benchmarks/jobs/bench_throughput.py')}`.",
+        "",
+        "| images | decoding alone | network alone | job | of the slower | goal |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in rows.items():
+        if not row["match"]:
+            continue
+        rates = row["rates"]
+        decode = f"{rates['decode']:.1f}" if "decode" in rates else ""
+        spread = f"{row['ratio']:.2f} x ({min(row['ratios']):.2f} to {max(row['ratios']):.2f}), {PARTS[row['of']]}"
+        title = "in memory, prepared" if name == "decoded" else name.replace("jpeg", "JPEG")
+        goal = "0.95" if name == "decoded" else "0.9"
+        lines.append(f"| {title} | {decode} | {rates['forward']:.1f} | {rates['job']:.1f} | {spread} | {goal} x |")
+    if measured("jobs_memory"):
+        _, rows, path = load("jobs_memory")
+        row = rows["jpeg files"]
+        lines += [
+            "",
+            f"Resident memory grew by {row['growth_mib']:.1f} MiB between item 1,000 and item {row['images']:,} "
+            f"([{Path(path).name}](../{path})). No GPU has been measured.",
+        ]
+    return "\n".join(lines)
+
+
+def job_storage() -> str:
+    meta, rows, path = load("jobs_storage")
+    lines = [
+        "Bytes an item of one shard of random values, which compress worst, ids and hashes included "
+        f"([{Path(path).name}](../{path}), from `{meta['command']}`). `du -sb` of a store of your own data, divided by its "
+        "items, replaces it:",
+        "",
+        "| maps, float16 | scores | an item | 1.28 M | 1 B | rows a shard |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in rows.items():
+        size, _, scores = name.partition(", ")
+        kept = scores or "those of the targets"
+        each = row["bytes_per_item"]
+        cells = [scaled(each), scaled(each * 1.28e6), scaled(each * 1e9), f"{row['shard_rows']:,}"]
+        lines.append(f"| {size} | {kept} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def scaled(size: float) -> str:
+    """Bytes with three digits and a decimal prefix."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
 #: Document -> its sections.
 DOCUMENTS = {
     "README.md": {
@@ -620,6 +682,7 @@ DOCUMENTS = {
     "docs/faithfulness.md": {"claims": page.claims, "tables": page.tables},
     "docs/metrics.md": {"costs": metric_costs},
     "docs/adapters.md": {"adapters": adapters},
+    "docs/jobs.md": {"rates": job_rates, "storage": job_storage},
 }
 
 
