@@ -15,7 +15,7 @@ from torch import nn
 from fastcam.methods._method import MethodOptions
 from fastcam.program.capture import CaptureError, Program, capture
 from fastcam.program.forward import Backward, Needs, Session
-from fastcam.program.hooks import hook_session
+from fastcam.program.hooks import check_batched, hook_session
 from fastcam.program.layers import LayerNotInProgram, find_layer, layer_names, layer_of
 from fastcam.program.session import Bindings
 from fastcam.program.state import exclusive, unwrap
@@ -129,6 +129,7 @@ class Network:
             if asked
         ]
         if unmet:
+            check_batched(self.model, images)
             raise CaptureError(
                 f"{' and '.join(unmet)} needs a captured network, but {reason}; "
                 "methods by gradients at a layer, like 'grad_cam', do without"

@@ -389,6 +389,49 @@ def test_bad_input(model, images, call, error, says):
         call(model, images)
 
 
+@pytest.mark.parametrize("network", [Small, Branching])
+@pytest.mark.parametrize(("method", "layer"), [("lift_cam", None), ("grad_cam", None), ("grad_cam", "layer1")])
+def test_an_image_that_is_no_batch_is_told(images, network, method, layer):
+    """Whether (3, 16, 20) is a picture or three signals is the model's to say: it runs on one of the two."""
+    model, one = network().eval(), images[0]
+    with pytest.raises(ValueError, match=r"Small|Branching") as caught:
+        fastcam.attribute(model, one, method, layer=layer)
+    batch, single = (1, *one.shape), tuple(one.shape)
+    assert f"{network.__name__} runs on shape {batch}, not on {single}; pass images.unsqueeze(0)" in str(caught.value)
+    if network is Small or method != "lift_cam":
+        assert fastcam.attribute(model, one.unsqueeze(0), method, layer=layer).maps.shape == (1, *one.shape[1:])
+
+
+def test_a_volume_that_is_no_batch_is_told():
+    net = nn.Sequential(nn.Conv3d(2, 3, 3), nn.ReLU(), nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten()).eval()
+    with pytest.raises(ValueError, match=r"Sequential runs on shape \(1, 2, 6, 5, 4\), not on \(2, 6, 5, 4\)"):
+        fastcam.attribute(net, torch.ones(2, 6, 5, 4))
+
+
+@pytest.mark.parametrize("method", ["lift_cam", "grad_cam"])
+def test_what_the_model_says_of_other_shapes_stays(method):
+    """Sequences are no pictures without a batch, and other faults keep their own error."""
+
+    class Sequences(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.fc = nn.Conv1d(3, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x):
+            if x.sum() > 1e9:
+                return x
+            return self.fc(functional.relu(self.inner(x)).mean(-1))
+
+    signals = torch.rand(2, 3, 9)
+    if method == "lift_cam":
+        with pytest.raises(CaptureError, match="needs a captured network, but torch"):
+            fastcam.attribute(Sequences().eval(), signals, method)
+    else:
+        assert fastcam.attribute(Sequences().eval(), signals, method).maps.shape == (2, 9)
+    with pytest.raises(RuntimeError, match="channels" if method == "grad_cam" else "cannot trace it"):
+        fastcam.attribute(Sequences().eval(), torch.rand(2, 5, 9), method)
+
+
 def test_unknown_backend():
     with pytest.raises(ValueError, match="unknown backend"), fastcam.backend("cudaa"):
         pass

@@ -22,7 +22,7 @@ from .layers import layer_names, several_outputs
 from .state import evaluating, exclusive, keeping_buffers, neutral_modes
 from .targets import Targets
 
-__all__ = ["HookSession", "hook_session"]
+__all__ = ["HookSession", "check_batched", "hook_session"]
 
 
 def hook_session(model: nn.Module, layer: str | nn.Module | None, images: Tensor, reason: str) -> HookSession:
@@ -99,7 +99,7 @@ class HookSession(Session):
             if replace is not None:
                 hooks.callback(self._module.register_forward_hook(hook).remove)
             part.enter_context(stage("trunk"))
-            return self.model(images.clone())
+            return _call(self.model, images, images)
 
 
 class HookForward(Forward):
@@ -138,6 +138,42 @@ class HookForward(Forward):
         return detached(self.session._run(self._images.index_select(0, rows), replace))
 
 
+def check_batched(model: nn.Module, images: Tensor) -> None:
+    """Raise ValueError where the model does not take `images` for a batch but does take them for one of it."""
+    if not _is_batch(model, images):
+        _raise_if_one_image(model, images)
+
+
+def _call(model: nn.Module, images: Tensor, given: Tensor) -> Any:
+    """The output for `images`, some of those that were `given`."""
+    try:
+        return model(images.clone())
+    except Exception:
+        _raise_if_one_image(model, given)
+        raise
+
+
+def _raise_if_one_image(model: nn.Module, images: Tensor) -> None:
+    if not _is_batch(model, images.unsqueeze(0)):
+        return
+    shape = tuple(images.shape)
+    raise ValueError(
+        f"images must be a batch: {type(model).__name__} runs on shape {(1, *shape)}, not on {shape}; "
+        "pass images.unsqueeze(0)"
+    )
+
+
+def _is_batch(model: nn.Module, images: Tensor) -> bool:
+    """Whether the model gives something for each of `images`: what their axes are is known to it alone, and
+    convolutions also run on one image."""
+    with exclusive, neutral_modes(), evaluating(model), keeping_buffers(model):
+        try:
+            leaves = torch.utils._pytree.tree_leaves(model(images.clone()))
+        except Exception:
+            return False
+    return any(isinstance(leaf, Tensor) and leaf.shape[:1] == images.shape[:1] for leaf in leaves)
+
+
 def _last_spatial_module(model: nn.Module, images: torch.Tensor) -> str:
     """Name of the last module, in order of execution, whose output is a feature map and that is no pooling layer."""
     names = {id(module): name for name, module in model.named_modules() if name}
@@ -152,7 +188,7 @@ def _last_spatial_module(model: nn.Module, images: torch.Tensor) -> str:
         for name, module in model.named_modules():
             if name:
                 hooks.callback(module.register_forward_hook(note).remove)
-        model(images[:1].clone())
+        _call(model, images[:1], images)
     if not seen:
         raise ValueError("the model has no spatial feature map; pass layer= (and reshape_transform= for tokens)")
     return seen[-1]
