@@ -127,6 +127,11 @@ class Passage:
         return self._reshape is not None
 
     @property
+    def whole(self) -> bool:
+        """Whether every value the layer gives is among `features`: rearranging may leave out class tokens."""
+        return self.features[:1].numel() == self._forward.features[:1].numel()
+
+    @property
     def spatial_rank(self) -> int:
         return self.features.ndim - 2
 
@@ -176,9 +181,11 @@ class Passage:
 
     def difference(self, reference: Reference) -> tuple[Tensor, Tensor]:
         """DeepLIFT multipliers (B[, T], K, *spatial) between reference and this pass, and the reference's features."""
-        found = self._reshaped(self._forward.multipliers(self.targets, reference))
-        features = reference.features
-        return found, features if self._reshape is None else self._reshape(features)
+        return self._reshaped(self._forward.multipliers(self.targets, reference)), self.features_of(reference)
+
+    def features_of(self, reference: Reference) -> Tensor:
+        """(1 or B, K, *spatial) features of a reference, rearranged as this pass's are."""
+        return reference.features if self._reshape is None else self._reshape(reference.features)
 
     @property
     def logits(self) -> Any:
@@ -213,10 +220,6 @@ class Passage:
     def output_with(self, features: Tensor, rows: Tensor) -> Any:
         """The output with other features (n, K, *spatial) in the place of those of images `rows` (n,)."""
         return self._forward.head(features if self._reshape is None else self._restored(features, rows), rows)
-
-    def residual(self, contributions: Tensor, reference: Reference) -> Tensor:
-        """Completeness residual: contributions (B,) or (B, T) minus the difference of the scores."""
-        return contributions - (self.scores() - self.scores(reference.output)).to(contributions.dtype)
 
     def _restored(self, features: Tensor, rows: Tensor) -> Tensor:
         """Reshaped features put back where the layer has them; what `reshape_transform` dropped stays the image's."""

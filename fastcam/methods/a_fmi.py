@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastcam import ops
 from fastcam._dtypes import accumulation_dtype
-from fastcam.program.forward import Reference
+from fastcam.program.forward import Needs, Reference
 
+from ._completeness import CheckCompleteness, check_choice, residual
 from ._maps import planar
 from ._method import CamOptions, Evidence, Method, Passage
 from ._perturb import check_count, check_seed, edited_scores
@@ -33,6 +34,12 @@ class AFmiOptions(CamOptions):
     ratio_eps     "contribution_ratio": a map with |sum dA| up to this fraction of sum |dA| is left out (importance 0)
     chunk         "swap": edited feature maps in one pass through the head
     return_probe  also `extra["probe"]`: |score lost when map k is replaced by the reference's|, (B, K) or (B, T, K)
+    mask          None: multipliers m · "target": in their place gradients at the image, by the ReLU masks of the image
+                  alone. A diagnosis, no variant: where the head saturates importances vanish, and `delta` is what
+                  contributions then lack
+    check_completeness  where contributions miss y(x) - y(x') by more than rounding: "warn" · "raise": RuntimeError ·
+                  "off" · None: warn on the CPU, off on accelerators, where looking costs a synchronisation. Not looked
+                  at where `mask` is "target"
     """
 
     variant: Literal["mean_multiplier", "contribution_ratio", "contribution", "swap"] = "mean_multiplier"
@@ -41,6 +48,8 @@ class AFmiOptions(CamOptions):
     ratio_eps: float = 1e-6
     chunk: int = 64
     return_probe: bool = False
+    mask: Literal["target"] | None = None
+    check_completeness: CheckCompleteness = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +60,12 @@ class AFmiOptions(CamOptions):
             raise ValueError(f"ratio_eps must be in [0, 1); got {self.ratio_eps!r}")
         check_count("chunk", self.chunk)
         check_seed(self.seed)
+        if self.mask not in (None, "target"):
+            raise ValueError(f"mask must be 'target' or None; got {self.mask!r}")
+        check_choice(self.check_completeness)
+
+    def needed(self, usual: Needs) -> Needs:
+        return "gradients" if self.mask == "target" else usual
 
 
 def a_fmi(passage: Passage, options: AFmiOptions) -> Evidence:
@@ -78,14 +93,16 @@ def a_fmi(passage: Passage, options: AFmiOptions) -> Evidence:
 
     Shapes: A (B, K, *spatial), fmi and C (B, K), M (B, *spatial); T targets add an axis after B.
     Errors: ValueError for a reference of another shape, dtype or device, not finite, or an empty list;
-    UnsupportedOpError naming the step of the head that has no Rescale rule.
+    UnsupportedOpError naming the step of the head that has no Rescale rule; RuntimeError where `check_completeness` is
+    "raise" and contributions are not complete.
     Cost: the forward pass, and the trunk once more for each reference: on one image for "black", "white", "mean" and
     "noise", which are kept for the explainer's next calls; then as `lift_cam`. "swap" and the probe: a pass through
     the head for each map, none on affine heads.
     Source: Zhang et al., A-FMI: Learning Attributions from Deep Networks via Feature Map Importance, arXiv 2104.05527,
     abstract.
     """
-    found = [_against(passage, options, one) for one in references(passage, options.reference, options.seed)]
+    slopes = passage.gradients() if options.mask == "target" else None
+    found = [_against(passage, options, one, slopes) for one in references(passage, options.reference, options.seed)]
     first = found[0]
     if len(found) == 1:
         return first
@@ -111,8 +128,9 @@ def _mean(tensors: list[Any]) -> Tensor:
     return stacked.any(0) if stacked.dtype == torch.bool else stacked.mean(0)
 
 
-def _against(passage: Passage, options: AFmiOptions, reference: Reference) -> Evidence:
-    multipliers, base = passage.difference(reference)
+def _against(passage: Passage, options: AFmiOptions, reference: Reference, slopes: Tensor | None) -> Evidence:
+    """Evidence from one reference; `slopes` are gradients that stand in for multipliers."""
+    multipliers, base = passage.difference(reference) if slopes is None else (slopes, passage.features_of(reference))
     rank = passage.spatial_rank
     features, flat, m = (planar(x, rank) for x in (passage.features, base, multipliers))
     contributions = ops.channel_weights(features, m, flat, mode="sum")
@@ -142,9 +160,9 @@ def _against(passage: Passage, options: AFmiOptions, reference: Reference) -> Ev
     if options.return_probe:
         assert lost is not None
         extra["probe"] = lost.abs()
-    return Evidence(
-        weights=weights, reference=base, delta=passage.residual(contributions.sum(-1), reference), extra=extra
-    )
+    checked = options.check_completeness if slopes is None else "off"
+    delta = residual(passage, contributions, reference, checked)
+    return Evidence(weights=weights, reference=base, delta=delta, extra=extra)
 
 
 def _lost(passage: Passage, base: Tensor, chunk: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from fastcam import ops
 from fastcam.program.forward import Needs
 
+from ._completeness import CheckCompleteness, check_choice, residual
 from ._maps import planar
 from ._method import Evidence, Method, MethodOptions, Passage
 from ._references import ReferenceSpec, check_reference, references
@@ -27,6 +28,8 @@ class DeepLiftOptions(MethodOptions):
     seed                  of "noise"
     return_contributions  also `extra["contributions"]`: the map before its sum over channels, (B, C, *spatial)
     return_multipliers    also `extra["multipliers"]`: m, of the same shape
+    check_completeness    where contributions miss y(x) - y(x') by more than rounding: "warn" · "raise": RuntimeError ·
+                          "off" · None: warn on the CPU, off on accelerators, where looking costs a synchronisation
     """
 
     rule: Literal["rescale", "reveal_cancel"] = "rescale"
@@ -34,12 +37,14 @@ class DeepLiftOptions(MethodOptions):
     seed: int = 0
     return_contributions: bool = False
     return_multipliers: bool = False
+    check_completeness: CheckCompleteness = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rule not in ("rescale", "reveal_cancel"):
             raise ValueError(f"rule must be 'rescale' or 'reveal_cancel'; got {self.rule!r}")
         check_reference(self.reference)
+        check_choice(self.check_completeness)
 
     def needed(self, usual: Needs) -> Needs:
         return "parts" if self.rule == "reveal_cancel" else usual
@@ -70,7 +75,8 @@ def deep_lift(passage: Passage, options: DeepLiftOptions) -> Evidence:
     Shapes: x (B, C, *spatial) the images, or the features of `layer`; R (B, *spatial); T targets add an axis after B.
     Several references: their maps are averaged.
     Errors: ValueError for a reference of another shape, dtype or device, not finite, or an empty list;
-    UnsupportedOpError naming the step that has no rule, and how to give it one.
+    UnsupportedOpError naming the step that has no rule, and how to give it one; RuntimeError where `check_completeness`
+    is "raise" and the sum is not complete.
     Cost: the forward pass and a pass back of about the same cost for each target; for each reference a forward pass, on
     one image for "black", "white", "mean" and "noise", which are kept for the explainer's next calls. "reveal_cancel":
     for each reference about six forward passes' work more, and four instead of one for each pass back.
@@ -86,7 +92,7 @@ def deep_lift(passage: Passage, options: DeepLiftOptions) -> Evidence:
         features, flat, m = (planar(x, rank) for x in (passage.features, base, multipliers))
         raw = ops.cam_map_with_raw(features, m, flat, relu=False, normalize=False)[1]
         maps.append(raw.reshape(*raw.shape[:-2], *passage.features.shape[2:]))
-        deltas.append(passage.residual(raw.sum((-2, -1)), reference))
+        deltas.append(residual(passage, raw.flatten(-2), reference, options.check_completeness))
         if options.return_contributions:
             gap = passage.features - base
             parts.append(multipliers * (gap.unsqueeze(1) if passage.targets.several else gap))

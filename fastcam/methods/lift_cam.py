@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from fastcam import ops
 
+from ._completeness import CheckCompleteness, check_choice, residual
 from ._maps import planar
 from ._method import CamOptions, Evidence, Method, Passage
 
-__all__ = ["METHOD", "lift_cam"]
+__all__ = ["METHOD", "LiftCamOptions", "lift_cam"]
 
 
-def lift_cam(passage: Passage, options: CamOptions) -> Evidence:
+@dataclass(frozen=True)
+class LiftCamOptions(CamOptions):
+    """As `CamOptions`, and
+
+    check_completeness  where coefficients miss y(A) - y(0) by more than rounding: "warn" · "raise": RuntimeError ·
+                        "off" · None: warn on the CPU, off on accelerators, where looking costs a synchronisation
+    """
+
+    check_completeness: CheckCompleteness = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.check_completeness)
+
+
+def lift_cam(passage: Passage, options: LiftCamOptions) -> Evidence:
     """Channels weighted by their DeepLIFT contribution to the score: from "this map is zero" to "as observed".
 
     alpha_k = sum_ij m_k[i,j] A_k[i,j];    M = relu(sum_k alpha_k A_k)
@@ -21,7 +39,8 @@ def lift_cam(passage: Passage, options: CamOptions) -> Evidence:
     rounding. The score explained is the model's output: let it be a logit, not a probability.
 
     Shapes: A and m (B, K, *spatial), alpha (B, K), M (B, *spatial); T targets add an axis after B.
-    Errors: UnsupportedOpError naming the step of the head that has no Rescale rule, and how to give it one.
+    Errors: UnsupportedOpError naming the step of the head that has no Rescale rule, and how to give it one;
+    RuntimeError where `check_completeness` is "raise" and the sum is not complete.
     Cost: the forward pass; closed form where the head is affine. Else one zero feature map goes through the head, and
     one walk back through it follows for each target.
     Source: Jung and Oh, Towards Better Explanations of Class Activation Mapping, ICCV 2021, arXiv 2102.05228, sec. 3.3;
@@ -31,7 +50,7 @@ def lift_cam(passage: Passage, options: CamOptions) -> Evidence:
     multipliers, _ = passage.difference(reference)
     features = planar(passage.features, passage.spatial_rank)
     weights = ops.channel_weights(features, planar(multipliers, passage.spatial_rank), mode="sum")
-    return Evidence(weights=weights, delta=passage.residual(weights.sum(-1), reference))
+    return Evidence(weights=weights, delta=residual(passage, weights, reference, options.check_completeness))
 
 
 METHOD = Method(
@@ -40,4 +59,5 @@ METHOD = Method(
     "arXiv 2102.05228, sec. 3.3",
     lift_cam,
     needs="multipliers",
+    options=LiftCamOptions,
 )
