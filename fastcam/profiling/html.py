@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
+from math import floor, log10
 from typing import Any
 
 from .instrument import PARTS
@@ -156,8 +157,8 @@ def _cells(row: Row, columns: int, launched: bool, half: bool, widest: float) ->
     speedup = (row.get("speedup") or {}).get("reference")
     cells = [
         f"{row['images_per_s']:.1f}",
-        _milliseconds(row["median_us"]),
-        _milliseconds(row["iqr_us"]),
+        _milliseconds(row["median_us"], row["median_us"]),
+        _milliseconds(row["iqr_us"], row["median_us"]),
         f"{row['times_forward']:.2f}",
         _number(speedup, ".2f"),
         f"{row['peak_mib']:.1f}",
@@ -168,8 +169,10 @@ def _cells(row: Row, columns: int, launched: bool, half: bool, widest: float) ->
     return first + "".join(f"<td>{cell}</td>" for cell in cells) + f'<td class="l">{_bar(row, widest)}</td>'
 
 
-def _milliseconds(us: float) -> str:
-    return f"{us / 1e3:.3g}" if us < 1e6 else f"{us / 1e3:.0f}"
+def _milliseconds(us: float, median_us: float) -> str:
+    """With as many decimals as give the median, or what stands beside it, three digits."""
+    decimals = 2 - floor(log10(median_us / 1e3)) if median_us > 0 else 3
+    return f"{us / 1e3:.{max(decimals, 0)}f}"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -286,7 +289,8 @@ def _how(facts: Mapping[str, Any], rows: Sequence[Row]) -> list[str]:
     counts = [row["n"] for row in rows if row["n"]]
     overheads = [row["instrument_overhead"] for row in rows if row.get("instrument_overhead") is not None]
     lines = [
-        f"Calls of a group took turns, {min(counts)} to {max(counts)} rounds; medians and interquartile ranges."
+        f"Calls of a group took turns, {min(counts)} to {max(counts)} rounds; medians and interquartile ranges. "
+        "× forward is over the forward passes of the same turns; the row of the plain forward pass is of all turns."
         if counts
         else "Nothing was timed.",
         "Maps were compared with the reference backend's before the clock started; what differs is not timed.",

@@ -127,11 +127,19 @@ def roofline(points: Sequence[Point], bandwidth: float, peaks: Mapping[str, floa
 
 def _gathered(points: Sequence[Point]) -> list[tuple[str, Point]]:
     """Numbers of points, from 1, those that would lie on one another together."""
-    found: dict[tuple[int, int], list[int]] = {}
-    for number, point in enumerate(points):
-        spot = round(12 * math.log10(point.intensity)), round(12 * math.log10(point.gflops))
-        found.setdefault(spot, []).append(number)
-    return [(", ".join(str(n + 1) for n in numbers), points[numbers[0]]) for numbers in found.values()]
+    found: list[tuple[list[int], Point]] = []
+    for number, point in enumerate(points, 1):
+        for numbers, first in found:
+            if all(abs(math.log10(a / b)) < 0.08 for a, b in zip(_place(point), _place(first), strict=True)):
+                numbers.append(number)
+                break
+        else:
+            found.append(([number], point))
+    return [(", ".join(map(str, numbers)), first) for numbers, first in found]
+
+
+def _place(point: Point) -> tuple[float, float]:
+    return point.intensity, point.gflops
 
 
 def growth(panels: Sequence[Panel], columns: int | None = None) -> str:

@@ -21,6 +21,8 @@ def test_roofline_numbers_points_and_shows_the_roofs():
         Point("forward", 10.0, 20.0, "network"),
         Point("cam_map", 0.5, 4.0, "op"),
         Point("twin", 0.5, 4.0, "op"),
+        Point("near", 0.55, 4.4, "op"),  # numbers side by side would run into one another
+        Point("apart", 0.5, 6.0, "op"),
         Point("nothing", 0.0, 0.0, "op"),  # has no place on a log scale
     ]
     svg = roofline(points, bandwidth=8.0, peaks={"fp32": 32.0})
@@ -30,7 +32,9 @@ def test_roofline_numbers_points_and_shows_the_roofs():
         "1 forward: 20",
         "2 cam_map: 4",
         "3 twin: 4",
-        "2, 3",
+        "4 near: 4.4",
+        "2, 3, 4",
+        "5",
         "copy, 8 GB/s",
         "fp32 matrix product, 32 GFLOP/s",
     ):
