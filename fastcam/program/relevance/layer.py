@@ -152,6 +152,8 @@ class Geometry:
             found = _zeros_like(small, shape)
             found[:, :, :: self.stride[0], :: self.stride[1]] = small
             return found
+        if self.rank == 2 and self.groups == 1 and set(self.dilation) == {1} and weight.shape[1] <= _FEW:
+            return self._back_by_phase(s, weight, shape, cache)
         left = [
             shape[2 + d]
             - ((s.shape[2 + d] - 1) * self.stride[d] - 2 * self.pads[d] + self.dilation[d] * (kernel[d] - 1) + 1)
@@ -166,7 +168,28 @@ class Geometry:
             found = functional.pad(found, rest)
         return found
 
+    def _back_by_phase(self, s: Tensor, weight: Tensor, shape: torch.Size, cache: ModifiedWeights) -> Tensor:
+        """The same as a convolution: rows r, r + stride, ... of its result meet every stride-th row of the kernel only.
 
+        One channel of the convolution for each channel and phase keeps its inner loops busy where images, with their
+        three or six channels, would not.
+        """
+        phases = cache.get(weight, ("phases", self.stride), lambda w: _phases(w, self.stride))
+        reach = [n - 1 for n in phases.shape[2:]]
+        small = _CONVOLVE(s, phases, None, 1, reach, 1, 1)
+        batch, channels = shape[:2]
+        rows, columns = small.shape[2:]
+        apart = small.reshape(batch, channels, *self.stride, rows, columns)
+        found = apart.permute(0, 1, 4, 2, 5, 3).reshape(
+            batch, channels, rows * self.stride[0], columns * self.stride[1]
+        )
+        found = found[:, :, self.pads[0] :, self.pads[1] :][:, :, : shape[2], : shape[3]]
+        missing = [shape[2 + d] - found.shape[2 + d] for d in (1, 0)]  # what no window reaches
+        return functional.pad(found, [0, missing[0], 0, missing[1]]) if any(missing) else found
+
+
+#: Up to so many input channels, a strided convolution's transpose is taken phase by phase.
+_FEW = 8
 _FORWARD = (torch.conv1d, torch.conv2d, torch.conv3d)
 _TRANSPOSED = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
 
@@ -177,6 +200,15 @@ def _flipped(weight: Tensor, groups: int) -> Tensor:
     grouped = weight.reshape(groups, outputs // groups, *weight.shape[1:]).transpose(1, 2)
     found = grouped.reshape(inputs, outputs // groups, *weight.shape[2:])
     return found.flip(tuple(range(2, weight.ndim))).contiguous()
+
+
+def _phases(weight: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """(O, C, ...) -> (C x phases, O, ...): weights of the convolution whose channels are the phases of a transpose."""
+    reach = [-(-n // step) for n, step in zip(weight.shape[2:], stride, strict=True)]
+    short = [n * step - had for n, step, had in zip(reach, stride, weight.shape[2:], strict=True)]
+    whole = functional.pad(weight, [0, short[1], 0, short[0]])
+    apart = whole.reshape(*weight.shape[:2], reach[0], stride[0], reach[1], stride[1])
+    return apart.permute(1, 3, 5, 0, 2, 4).flatten(0, 2).flip(2, 3).contiguous()
 
 
 def _zeros_like(like: Tensor, shape: torch.Size) -> Tensor:

@@ -29,8 +29,8 @@ class Relevance:
 
 def add(one: Relevance, other: Relevance) -> Relevance:
     """What arrives at a value from two of its readers."""
-    if one.factor is None and other.factor is None:
-        return Relevance(one.values + other.values)
+    if one.factor is other.factor:  # none, or the value itself, which both readers have read
+        return Relevance(one.values + other.values, one.factor)
     if one.factor is None:
         one, other = other, one
     assert one.factor is not None

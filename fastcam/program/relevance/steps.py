@@ -94,7 +94,8 @@ def average(step: StepView, rule: Rule, given: list[Any]) -> Given:
         share = _share(one.tensor(), result, rule.epsilon)
         back = transpose(step.node, share, step.active, step.shapes, step.get)[step.source]
         assert isinstance(back, Tensor)
-        found.append(Relevance(back, x))
+        # In the layout of x, and everything before this step with it: the derivative of a mean is a contiguous one.
+        found.append(Relevance(torch.empty_like(x).copy_(back), x))
     return {step.source: found}
 
 
