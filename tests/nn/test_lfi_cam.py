@@ -349,6 +349,22 @@ def test_the_method_wants_such_a_network():
         fastcam.attribute(plain, torch.randn(2, 3, 9, 9), "lfi_cam")
 
 
+def test_maps_with_a_graph_and_exported():
+    """The straight line's attention has the module's own gradients; any number of images goes through the program."""
+    model, images = small().eval(), pictures()
+    found = fastcam.Explainer(model, "lfi_cam", differentiable=True)(images)
+    attention = model(images).attention.squeeze(1)
+    torch.testing.assert_close(found.raw, attention)
+    parameters = [p for name, p in model.named_parameters() if not name.startswith("fc")]
+    ours, theirs = (torch.autograd.grad(raw.square().sum(), parameters) for raw in (found.raw, attention))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+    assert any(gradient.abs().max() > 0 for gradient in theirs)
+    program = fastcam.export_program(model, "lfi_cam", images).module()
+    wanted = fastcam.attribute(model, pictures(3, seed=4), "lfi_cam")
+    torch.testing.assert_close(program(pictures(3, seed=4))[-1], wanted.maps)
+
+
 @pytest.mark.parametrize("method", ["lfi_cam", "grad_cam", "lift_cam"])
 @pytest.mark.parametrize("precision", ["fp64", "bf16"])
 def test_other_precisions(method, precision):
