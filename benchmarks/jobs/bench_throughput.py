@@ -180,6 +180,7 @@ def jpeg(name: str, images: int, rounds: int, cores: int, folder: Path) -> dict[
 
 
 def main() -> None:
+    harness.keep_heap()
     parser = harness.arguments(__doc__.splitlines()[0])
     parser.set_defaults(rounds=5)
     parser.add_argument("--images", type=int, default=256, help="images a run (default: 256)")
