@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import traceback
+
 import pytest
 
 pytest.importorskip("zarr")
@@ -11,6 +13,7 @@ pytest.importorskip("ray.data")
 from fastcam import jobs  # noqa: E402
 from fastcam._testing.jobs import Numbered, tiny  # noqa: E402
 from fastcam._testing.kills import same_arrays  # noqa: E402
+from fastcam.jobs import ray_engine  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +39,18 @@ def test_a_killed_worker_loses_and_doubles_nothing(cluster, tmp_path):
     assert (again.processed, again.done) == (0, 198)
 
 
+def test_the_cause_is_found_in_what_ray_says():
+    """Ray hands on the traceback as text, the cause somewhere in it and its own advice at the end."""
+    with pytest.raises(ray_engine.WorkerError) as told, ray_engine._told():
+        raise OSError(28, "No space left on device", "/a/maps\n.zarr")
+    text = "".join(traceback.format_exception(told.value)) + "\nThe above exception ...\nTo see the log, run this\n"
+    error = ray.exceptions.RayTaskError("ray::Map", text, told.value, "title", 1, "127.0.0.1")
+    assert ray_engine.cause_of(error) == "OSError: [Errno 28] No space left on device: '/a/maps\\n.zarr'"
+    other = ray.exceptions.RayError("The worker died.\n\tpid: 7\nIt was out of memory.")
+    assert ray_engine.cause_of(other) == "The worker died. pid: 7 It was out of memory."
+
+
+@pytest.mark.slow
 def test_what_stopped_a_worker_is_said(cluster, tmp_path):
     """The list of labels ends too early, which the worker that comes to its end finds out."""
     source = Numbered(200, labels=[0] * 100)

@@ -179,7 +179,7 @@ def _sixteen_bits(picture: Any, data: bytes, module: Any) -> Image | None:
     tiles, low_tiles, grey = list(picture.tile), [], False
     for tile in tiles:
         arguments = tile[3]
-        raw = arguments if isinstance(arguments, str) else arguments[0] if arguments else None
+        raw = arguments[0] if isinstance(arguments, tuple) and arguments else arguments
         found = re.fullmatch(r"(LA|RGB|RGBA|RGBX|CMYK);16([BLN])", raw) if isinstance(raw, str) else None
         if found is None:
             return None
@@ -187,7 +187,8 @@ def _sixteen_bits(picture: Any, data: bytes, module: Any) -> Image | None:
         # There is one unpacker of grey with opacity only; as RGBA its four bytes stand side by side.
         swapped = "RGBA" if grey else f"{found[1]};16{_LOW_BYTE[found[2]]}"
         changed = swapped if isinstance(arguments, str) else (swapped, *arguments[1:])
-        low_tiles.append(type(tile)(*tile[:3], changed))
+        # Older releases of Pillow have plain tuples.
+        low_tiles.append(tile._replace(args=changed) if hasattr(tile, "_replace") else (*tile[:3], changed))
     if not tiles:
         return None
     with module.open(BytesIO(data), formats=_formats()) as again:
