@@ -117,7 +117,7 @@ class Network:
             return self._bindings.session(program, feature, name, own, foldable, fold, wide=walked)
 
     def _hooked(self, images: torch.Tensor, method: str, needs: Needs, pixels: bool, reason: str) -> Session:
-        captured = isinstance(needs, Backward) or needs == "multipliers" or pixels
+        captured = isinstance(needs, Backward) or needs in ("multipliers", "parts") or pixels
         unmet = [
             text
             for text, asked in (

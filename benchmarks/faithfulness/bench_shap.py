@@ -3,10 +3,10 @@
     python -P benchmarks/faithfulness/bench_shap.py [--images 256] [--draws 60]
 
 The game: which maps are present, an absent one being zero; its value is the highest logit. Cosines are between vectors
-of one coefficient a map, each as its method defines it. Those of LIFT-CAM and Ablation-CAM (here the drop itself,
-y(A) - y(A without k): dividing by the score would turn the sign where it is negative) and gradient x activation are in
-units of the score, as SHAP values are; those of XGrad-CAM and Grad-CAM are slopes, score per activation, so what is
-measured of them includes that difference. Blocks:
+of one coefficient a map, each as its method defines it. Those of LIFT-CAM (by Rescale as published, and by
+RevealCancel), of Ablation-CAM (here the drop itself, y(A) - y(A without k): dividing by the score would turn the sign
+where it is negative) and of gradient x activation are in units of the score, as SHAP values are; those of XGrad-CAM and
+Grad-CAM are slopes, score per activation, so what is measured of them includes that difference. Blocks:
 
   tiny_vgg               the testbed's trained network on held-out scenes: 12 maps, a head of two linear layers
   tiny_vgg, features.14  one layer earlier, 64 maps, on a quarter as many scenes. Too many maps for all coalitions: the
@@ -22,7 +22,7 @@ Correctness first: SHAP values must sum to y(A) - y(0). No times are measured, s
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,8 @@ from fastcam.methods._perturb import edited_scores
 from fastcam.program.targets import resolve_targets
 from fastcam.testbed import load, make_scenes, normalize
 
-ROWS = ("shap_cam, 100 orders", "lift_cam", "ablation drop", "gradient x activation", "xgrad_cam", "grad_cam")
+ROWS = ("shap_cam, 100 orders", "lift_cam", "lift_cam, RevealCancel", "ablation drop", "gradient x activation")
+ROWS += ("xgrad_cam", "grad_cam")
 #: Best first, as the LIFT-CAM paper claims.
 ORDER = ("shap_cam, 100 orders", "lift_cam", "ablation drop", "xgrad_cam", "grad_cam")
 INITS = ("default", "normal biases", "no biases")
@@ -48,43 +49,53 @@ BATCH, CHUNK = 32, 512
 
 #: SHAP values (B, K), and other coefficients by name.
 Drawn = Iterator[tuple[Tensor, dict[str, Tensor]]]
+#: Images to the class of each; None: the highest logit's.
+Targets = Callable[[Tensor], Tensor] | None
 
 
 class Coefficients:
     """(B, K) coefficients of a model's arg-max logits by every method, and their yardstick.
 
-    orders  0: SHAP values from all coalitions; else from as many orders
+    orders   0: SHAP values from all coalitions; else from as many orders
+    targets  other logits than the highest
+    cancel   also LIFT-CAM's coefficients by RevealCancel in the place of Rescale
     """
 
-    def __init__(self, model: nn.Module, layer: str, orders: int = 0):
+    def __init__(self, model: nn.Module, layer: str, orders: int = 0, *, targets: Targets = None, cancel: bool = False):
         def explainer(method: str, **options: Any) -> fastcam.Explainer:
             return fastcam.Explainer(model, method, layer=layer, normalize=False, size="layer", **options)
 
         how = {"exact": False, "n_orders": orders, "seed": 1} if orders else {"exact": True}
         self._shap = explainer("shap_cam", chunk=CHUNK, **how)
         self._weighted = {name: explainer(name) for name in ("lift_cam", "xgrad_cam", "grad_cam")}
+        self._weighted["lift_cam, RevealCancel"] = explainer("lift_cam", rule="reveal_cancel")
         self._sampled = explainer("shap_cam", exact=False, n_orders=100, chunk=CHUNK)
         self._gradients = explainer("hires_cam")
+        self._targets = targets
 
     def shap(self, images: Tensor) -> Tensor:
-        found = self._shap(images)
+        found = self._shap(images, self._of(images))
         scale = found.weights.abs().sum(-1)
         if not bool((found.delta.abs() <= 1e-4 * scale).all()):
             raise RuntimeError(f"SHAP values miss the score by up to {float((found.delta.abs() / scale).max()):.3g}")
         return found.weights
 
     def others(self, images: Tensor) -> dict[str, Tensor]:
-        found = {name: explainer(images).weights for name, explainer in self._weighted.items()}
-        found["shap_cam, 100 orders"] = self._sampled(images).weights
+        targets = self._of(images)
+        found = {name: explainer(images, targets).weights for name, explainer in self._weighted.items()}
+        found["shap_cam, 100 orders"] = self._sampled(images, targets).weights
         passed = self._passage(images)
         found["ablation drop"] = passed.scores().unsqueeze(-1) - edited_scores(passed, 0.0, CHUNK)
         found["gradient x activation"] = (passed.gradients() * passed.features).flatten(2).sum(-1)
         return {name: found[name] for name in ROWS}
 
+    def _of(self, images: Tensor) -> Tensor | None:
+        return None if self._targets is None else self._targets(images)
+
     def _passage(self, images: Tensor) -> Passage:
         with torch.no_grad():
             forward = self._gradients._session(images).forward(images, "gradients", by_index=True)
-        targets = resolve_targets(None, forward.output, len(images))
+        targets = resolve_targets(self._of(images), forward.output, len(images))
         return Passage(forward, images, forward.features, targets, self._gradients.options)
 
 
@@ -128,31 +139,36 @@ def random_heads(draws: int, init: str = "default", seed: int = 0) -> Drawn:
             yield found.shap(maps), found.others(maps)
 
 
-def rows(block: str, drawn: Drawn) -> list[dict[str, Any]]:
-    """Mean cosine to SHAP values, its standard error, and the lowest cosine, for every kind of coefficient."""
-    cosines: dict[str, list[Tensor]] = {name: [] for name in ROWS}
+def cosines(drawn: Drawn) -> dict[str, Tensor]:
+    """(n,) cosines to SHAP values, for every kind of coefficient."""
+    parts: dict[str, list[Tensor]] = {}
     for shap, others in drawn:
         for name, coefficients in others.items():
-            cosines[name].append(functional.cosine_similarity(coefficients.double(), shap.double(), dim=-1))
-    found = []
-    for name, parts in cosines.items():
-        values = torch.cat(parts)
-        found.append(
-            {
-                "name": f"{block}: {name}",
-                "mean": float(values.mean()),
-                "standard_error": float(values.std() / len(values) ** 0.5),
-                "lowest": float(values.min()),
-                "n": len(values),
-            }
-        )
-    return found
+            found = functional.cosine_similarity(coefficients.double(), shap.double(), dim=-1)
+            parts.setdefault(name, []).append(found)
+    return {name: torch.cat(many) for name, many in parts.items()}
 
 
-def ordered(block: str, found: list[dict[str, Any]]) -> bool:
-    """Whether the means of a block fall in the paper's order."""
+def row(name: str, values: Tensor) -> dict[str, Any]:
+    """Mean of (n,) values, its standard error, and the lowest."""
+    return {
+        "name": name,
+        "mean": float(values.mean()),
+        "standard_error": float(values.std() / len(values) ** 0.5),
+        "lowest": float(values.min()),
+        "n": len(values),
+    }
+
+
+def rows(block: str, drawn: Drawn) -> list[dict[str, Any]]:
+    """Cosines to SHAP values for every kind of coefficient."""
+    return [row(f"{block}: {name}", values) for name, values in cosines(drawn).items()]
+
+
+def ordered(block: str, found: list[dict[str, Any]], lift: str = "lift_cam") -> bool:
+    """Whether the means of a block fall in the paper's order, with `lift` for LIFT-CAM."""
     means = {row["name"]: row["mean"] for row in found}
-    chosen = [means[f"{block}: {name}"] for name in ORDER]
+    chosen = [means[f"{block}: {lift if name == 'lift_cam' else name}"] for name in ORDER]
     return chosen == sorted(chosen, reverse=True)
 
 
@@ -179,6 +195,9 @@ def main() -> None:
         measure="cosine to SHAP values",
         command=f"python -P benchmarks/faithfulness/bench_shap.py --images {options.images} --draws {options.draws}",
         ordered={block: ordered(block, part) for block, part in found.items()},
+        ordered_by_reveal_cancel={
+            block: ordered(block, part, "lift_cam, RevealCancel") for block, part in found.items()
+        },
     )
 
 

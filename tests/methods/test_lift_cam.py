@@ -328,3 +328,63 @@ def test_weights_of_a_kept_explainer_follow_the_model():
     after = explainer(x, 1)
     close(after.weights, lift(copy.deepcopy(net), x).weights, 1e-12)
     assert (after.weights - before.weights).abs().max() > 1e-4
+
+
+# --- RevealCancel in the place of Rescale ---
+
+
+class Against(torch.nn.Module):
+    """y = relu(sum of map 0 - sum of map 1 + c)."""
+
+    def __init__(self, c: float):
+        super().__init__()
+        self.features = torch.nn.ReLU()
+        self.c = c
+
+    def forward(self, x):
+        inner = self.features(x).sum((2, 3))
+        return torch.relu(inner[:, :1] - inner[:, 1:] + self.c)
+
+
+@pytest.mark.parametrize("c", [-2.0, 0.0, 1.5])
+def test_maps_that_cancel_have_their_shap_values_by_reveal_cancel(c):
+    """One map for a unit and one against it: the two orders of adding them, written out."""
+    x = torch.tensor([[3.0, 1.0, 0.5, 2.0], [1.0, 0.0, 4.0, 1.0]], dtype=torch.float64).reshape(1, 2, 2, 2)
+    a, b = 6.5, 6.0
+    alone, against, both, none = max(a + c, 0), max(c - b, 0), max(a - b + c, 0), max(c, 0)
+    want = [((alone - none) + (both - against)) / 2, ((against - none) + (both - alone)) / 2]
+    found = fastcam.attribute(
+        Against(c), x, "lift_cam", targets=0, layer="features", rule="reveal_cancel", normalize=False
+    )
+    assert found.weights[0].tolist() == pytest.approx(want, abs=1e-12)
+    assert found.delta.tolist() == pytest.approx([0], abs=1e-12)
+    rescale = fastcam.attribute(Against(c), x, "lift_cam", targets=0, layer="features", normalize=False)
+    assert rescale.weights[0].tolist() != pytest.approx(want, abs=0.3)
+
+
+@pytest.mark.parametrize("name", ["gap", "vgg", "overlapping pool", "residual"])
+def test_reveal_cancel_is_that_of_deep_lift_at_the_head(name):
+    net, x = shared(name), images()
+    found = lift(net, x, rule="reveal_cancel", check_completeness="raise")
+    with torch.no_grad():
+        features = net.features(x)
+    alone = fastcam.attribute(
+        net.head,
+        features,
+        "deep_lift",
+        targets=1,
+        rule="reveal_cancel",
+        reference=torch.zeros_like(features),
+        return_contributions=True,
+    )
+    close(found.weights, alone.extra["contributions"].sum((2, 3)), 1e-12)
+    close(found.weights.sum(1), net(x)[:, 1].detach() - zeros_score(net, x), 1e-11)
+    same = torch.allclose(found.weights, lift(net, x).weights, rtol=1e-9, atol=1e-12)
+    assert same == (name == "gap")  # on affine heads the rules are one
+
+
+def test_steps_without_reveal_cancel_are_named():
+    with pytest.raises(fastcam.UnsupportedOpError, match="RevealCancel"):
+        lift(shared("gated"), images(), rule="reveal_cancel")
+    with pytest.raises(ValueError, match="rule must be 'rescale' or 'reveal_cancel'; got 'reveal'"):
+        fastcam.Explainer(shared("vgg"), "lift_cam", rule="reveal")
