@@ -93,6 +93,67 @@ def tables() -> str:
     return "\n".join(lines)
 
 
+#: Block of the shap_heads suite -> what the page calls it.
+HEADS = {
+    "shipped": "as shipped: 64, no dropout",
+    "shipped, a digit that is there": "as shipped, logit of a digit that is there",
+    "shipped, second logit": "as shipped, second highest logit",
+    "64, dropout": "64, dropout",
+    "64-64, dropout": "64, 64, dropout",
+    "256-256": "256, 256, no dropout",
+    "256-256, dropout": "256, 256, dropout",
+    "256-256, dropout, 4 x as long": "256, 256, dropout, trained 4 x as long",
+    "max-pool, 256-256": "max-pool, 256, 256, no dropout",
+    "max-pool, 256-256, dropout": "max-pool, 256, 256, dropout",
+}
+COEFFICIENTS = {
+    "lift_cam": "`lift_cam`",
+    "lift_cam, RevealCancel": "by RevealCancel",
+    "ablation drop": "Ablation-CAM",
+    "gradient x activation": "gradient x activation",
+    "xgrad_cam": "`xgrad_cam`",
+    "grad_cam": "`grad_cam`",
+}
+
+
+def heads() -> str:
+    """Which heads LIFT-CAM is nearest to SHAP for."""
+    if not any(RESULTS.glob("shap_heads--*--cpu.json")):
+        return "Not measured yet (`python -P benchmarks/faithfulness/bench_shap_heads.py`)."
+    meta, rows, link = load("shap_heads")
+    seeds = len(meta["top2, 64, dropout"])
+    lines = [
+        "Mean cosine to the SHAP values of `tiny_vgg`'s 12 maps (all 4096 coalitions), under its own head and under heads trained anew "
+        f"on the same maps: widths of the hidden layers, dropout of 0.5 behind each or none, max-pool as in VGG or none; {seeds} seeds "
+        f"each, {rows['shipped: lift_cam']['n']} held-out scenes. The difference is of LIFT-CAM and Ablation-CAM image by image, ± its "
+        "standard error; *yes*: LIFT-CAM before Ablation-CAM before XGrad-CAM before Grad-CAM, the first by more than 1.96 standard "
+        f"errors. All settings of the suite are shown. {link}, from `{meta['command']}`.",
+        "",
+        "| hidden layers | " + " | ".join(COEFFICIENTS.values()) + " | difference | the paper's order |",
+        "| --- |" + " ---: |" * (len(COEFFICIENTS) + 1) + " --- |",
+    ]
+    for block, label in HEADS.items():
+        means = [rows[f"{block}: {name}"]["mean"] for name in COEFFICIENTS]
+        gap = rows[f"{block}: lift_cam less ablation drop"]
+        lines.append(
+            f"| {label} | "
+            + " | ".join(f"{mean:.3f}" for mean in means)
+            + f" | {gap['mean']:+.4f} ± {gap['standard_error']:.4f} | {in_order(rows, block)} |"
+        )
+    return "\n".join(lines)
+
+
+def in_order(rows: dict[str, dict[str, Any]], block: str) -> str:
+    """Whether the LIFT-CAM paper's order holds in a block of the shap_heads suite."""
+    gap = rows[f"{block}: lift_cam less ablation drop"]
+    means = [rows[f"{block}: {name}"]["mean"] for name in ("lift_cam", "ablation drop", "xgrad_cam", "grad_cam")]
+    if gap["mean"] < -1.96 * gap["standard_error"]:
+        return "no, Ablation-CAM first"
+    if abs(gap["mean"]) <= 1.96 * gap["standard_error"]:
+        return "undecided"
+    return "yes" if means == sorted(means, reverse=True) else "LIFT-CAM first, not the rest"
+
+
 def verdict(better: dict[str, Any], worse: dict[str, Any], higher: bool) -> tuple[str, str]:
     """Whether one mean beats another by more than 1.96 standard errors of their difference, and the figures."""
     gap = (better["mean"] - worse["mean"]) * (1 if higher else -1)
@@ -135,10 +196,19 @@ def of_suites() -> list[Claim]:
         )  # fmt: skip
     _, rows, link = load("shap")
     for block in ("tiny_vgg", "tiny_vgg, features.14"):
+        layer = "last layer" if block == "tiny_vgg" else "`features.14`"
         for rival in ("ablation drop", "gradient x activation", "xgrad_cam", "grad_cam"):
             said = verdict(rows[f"{block}: lift_cam"], rows[f"{block}: {rival}"], True)
-            layer = "last layer" if block == "tiny_vgg" else "`features.14`"
             found.append((f"LIFT-CAM is closer to SHAP values than {rival}", f"`tiny_vgg`, {layer}", said, link))
+        said = verdict(rows[f"{block}: lift_cam, RevealCancel"], rows[f"{block}: ablation drop"], True)
+        found.append(
+            (
+                "LIFT-CAM by RevealCancel, not as published, is closer to SHAP values than ablation drop",
+                f"`tiny_vgg`, {layer}",
+                said,
+                link,
+            )
+        )
     _, rows, link = load("equilibrium")
     for model in MODELS:
         ours, other = rows[f"{model}: attribution_equilibrium"], rows[f"{model}: grad_cam"]

@@ -43,11 +43,11 @@ def lift_cam(passage: Passage, options: LiftCamOptions) -> Evidence:
     alpha_k = sum_ij m_k[i,j] A_k[i,j];    M = relu(sum_k alpha_k A_k)
 
     with m the DeepLIFT multipliers of the score y between features 0 and A: by the Rescale rule, or by RevealCancel
-    (`rule`, described at `deep_lift`), which sees inputs that cancel and comes nearer to SHAP values (measured:
-    docs/faithfulness.md). The coefficients are signed, plain sums that
-    add up to the score, sum_k alpha_k = y(A) - y(0), and estimate the SHAP values of the game "which maps are present";
-    on heads that are linear in the features they are the SHAP values. `Attribution.delta` is what the sum lacks by
-    rounding. The score explained is the model's output: let it be a logit, not a probability.
+    (`rule`, described at `deep_lift`), which sees maps that cancel at a unit. Which of the two is nearer to SHAP values
+    depends on the head: docs/faithfulness.md has figures. The coefficients are signed, plain sums that add up to the
+    score, sum_k alpha_k = y(A) - y(0), and estimate the SHAP values of the game "which maps are present"; on heads that
+    are linear in the features they are the SHAP values. `Attribution.delta` is what the sum lacks by rounding. The
+    score explained is the model's output: let it be a logit, not a probability.
 
     Shapes: A and m (B, K, *spatial), alpha (B, K), M (B, *spatial); T targets add an axis after B.
     Errors: UnsupportedOpError naming the step of the head that has no rule, and how to give it one;
