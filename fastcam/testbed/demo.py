@@ -152,14 +152,14 @@ def measure(name: str, model: nn.Module, scenes: Scenes, methods: Sequence[str],
 
 def table(rows: Sequence[Row], scenes: Scenes) -> str:
     """The rows as text, below them what a random pixel would score and why a method did not apply."""
-    lines = [f"{'model':<12} {'method':<20} {'pointing':>8} {'ms/image':>9} {'x forward':>10}  backend"]
+    lines = [f"{'model':<12} {'method':<23} {'pointing':>8} {'ms/image':>9} {'x forward':>10}  backend"]
     reasons = list(dict.fromkeys(row.reason for row in rows if row.reason))
     for row in rows:
         if row.reason:
             figures = f"{'-':>8} {'-':>9} {'-':>10}  ({reasons.index(row.reason) + 1})"
         else:
             figures = f"{row.pointing:8.3f} {row.milliseconds:9.2f} {row.multiple:10.2f}  {row.backend}"
-        lines.append(f"{row.model:<12} {row.method:<20} {figures}")
+        lines.append(f"{row.model:<12} {row.method:<23} {figures}")
     chance = scenes.masks.double().mean().item()
     lines += [
         "",
