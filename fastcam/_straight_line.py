@@ -30,7 +30,7 @@ from fastcam.program.targets import TargetSpec
 if TYPE_CHECKING:
     from fastcam.explainer import Attribution, Explainer
 
-__all__ = ["ExportError", "straight_line"]
+__all__ = ["ExportError", "Line", "inlined", "prepared", "straight_line"]
 
 
 class ExportError(RuntimeError):
@@ -51,18 +51,57 @@ def straight_line(
 
     The explainer must have explained the example already: that is when heads are analysed on real numbers.
     """
+    with _ready(explainer, example, given) as (bound, inputs):
+        weights = bound.weights.sources()
+        traced = _traced_line(explainer, bound, weights, None if given is not None else targets, inputs, results)
+        return _exported(_Attribution(bound, weights, *traced), inputs, _what(explainer))
+
+
+def inlined(
+    explainer: Explainer,
+    example: Tensor,
+    targets: TargetSpec,
+    given: Tensor | None,
+    results: Callable[[Attribution], Any],
+) -> Line:
+    """As `straight_line`, to be called with the weights of the model itself, and as it was traced: gradients are the
+    framework's own operators, for `torch.compile` to choose what becomes of them."""
+    with _ready(explainer, example, given) as (bound, inputs):
+        weights = bound.weights.sources()
+        traced = _traced_line(explainer, bound, weights, None if given is not None else targets, inputs, results)
+        constants = nn.Module()
+        places = []
+        for index, tensor in weights.items():
+            node = bound.cut.program.nodes[index]
+            if node.kind == "constant":
+                places.append(_placed(constants, node, tensor))
+            else:
+                path, _, name = node.target.rpartition(".")
+                places.append((bound.model.get_submodule(path), name))
+        return Line(places, *traced)
+
+
+@torch.compiler.assume_constant_result
+def prepared(explainer: Explainer, images: Tensor, targets: TargetSpec, given: Tensor | None) -> str:
+    """Key among the explainer's lines of the one for images and targets of this kind, made where there is none.
+
+    For code that `torch.compile` traces: called once while it does, with the tensors of the call that is compiled.
+    """
+    with torch._guards.tracing(None):  # what is traced in here is no part of what is traced outside
+        return explainer._inlined(images, targets, given)
+
+
+@contextlib.contextmanager
+def _ready(explainer: Explainer, example: Tensor, given: Tensor | None) -> Iterator[tuple[Bound, tuple[Tensor, ...]]]:
+    """What a trace needs, and the surroundings for it."""
     session = explainer._session(example)
     if not isinstance(session, CapturedSession):
         reason = getattr(session, "reason", "this one is none")
         raise ExportError(
             f"{_what(explainer)} is no straight line of operators: it needs a captured network, but {reason}"
         )
-    inputs = (_two(example),) if given is None else (_two(example), _two(given))
     with exclusive, _quiet(), neutral_modes():
-        weights = session.bound.weights.sources()
-        chosen = None if given is not None else targets
-        line, structure = _traced_line(explainer, session.bound, weights, chosen, inputs, results)
-        return _exported(_Attribution(session.bound, weights, line, structure), inputs, _what(explainer))
+        yield session.bound, ((_two(example),) if given is None else (_two(example), _two(given)))
 
 
 def _traced_line(
@@ -99,8 +138,10 @@ def _traced_line(
             "it runs, as methods that perturb images in chunks do"
         )
     line.graph.eliminate_dead_code()
-    line.recompile()
-    return line, structure
+    for node in line.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_numel.default):
+        node.target = torch.numel  # the same, and `torch.compile` knows it
+    # A plain module: within `torch.compile` make_fx gives a lazy one, which cannot be looked into.
+    return torch.fx.GraphModule(line, line.graph), structure
 
 
 def _stand_in(mode: FakeTensorMode, tensor: Tensor, free: bool) -> Tensor:
@@ -110,19 +151,29 @@ def _stand_in(mode: FakeTensorMode, tensor: Tensor, free: bool) -> Tensor:
     return mode.from_tensor(tensor, source=ConstantSource(f"t{id(tensor)}"), symbolic_context=context)
 
 
+class Line:
+    """(images[, targets]) -> results, by a traced attribution and weights read where they lie at every call."""
+
+    def __init__(self, places: list[tuple[nn.Module, str]], run: torch.fx.GraphModule, structure: Any):
+        self._places = places
+        self._run = run.forward
+        self._structure = structure
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        weights = [getattr(owner, name) for owner, name in self._places]
+        return torch.utils._pytree.tree_unflatten(self._run(*weights, *inputs), self._structure)
+
+
 class _Attribution(nn.Module):
     """A traced attribution with the weights it reads, under their names in the model."""
 
-    def __init__(self, bound: Bound, weights: dict[int, Tensor], line: torch.fx.GraphModule, structure: Any):
+    def __init__(self, bound: Bound, weights: dict[int, Tensor], run: torch.fx.GraphModule, structure: Any):
         super().__init__()
-        self.__dict__["_run"] = line.forward  # no submodule: its constants are nobody's weights
-        self.__dict__["_structure"] = structure
-        self.__dict__["_places"] = [_placed(self, bound.cut.program.nodes[i], t) for i, t in weights.items()]
+        places = [_placed(self, bound.cut.program.nodes[i], t) for i, t in weights.items()]
+        self.__dict__["_line"] = Line(places, run, structure)  # no submodule: its constants are nobody's weights
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Any:
-        weights = [getattr(owner, name) for owner, name in self._places]
-        leaves = self._run(*weights, images, *([] if targets is None else [targets]))
-        return torch.utils._pytree.tree_unflatten(leaves, self._structure)
+        return self._line(images, *([] if targets is None else [targets]))
 
 
 def _placed(root: nn.Module, node: Node, tensor: Tensor) -> tuple[nn.Module, str]:

@@ -10,9 +10,11 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 
+import torch
+
 from fastcam.backends import backend
 
-__all__ = ["traced", "tracing"]
+__all__ = ["graph_holds_ops", "traced", "tracing"]
 
 _TRACING: ContextVar[bool] = ContextVar("fastcam_tracing", default=False)
 
@@ -20,6 +22,12 @@ _TRACING: ContextVar[bool] = ContextVar("fastcam_tracing", default=False)
 def tracing() -> bool:
     """Whether this thread or task is inside `traced()`."""
     return _TRACING.get()
+
+
+def graph_holds_ops() -> bool:
+    """Whether an op is written into a compiler's graph as it is, its backend to be chosen when the graph runs."""
+    compiler = torch.compiler
+    return compiler.is_dynamo_compiling() or (compiler.is_compiling() and not tracing())
 
 
 @contextlib.contextmanager

@@ -127,10 +127,11 @@ class Explainer(Network):
         self.options = self.method.make_options(options)
         self.pixels = _check_pixels(mean, std)
         self.differentiable = differentiable
-        self._lines: dict[Any, tuple[nn.Module, Attribution]] = {}
+        self._lines: dict[Any, tuple[Any, Attribution]] = {}
+        self._compiled_lines: dict[str, tuple[Any, dict[str, Any]]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_lines": {}}  # made again where it is unpickled
+        return self.__dict__ | {"_lines": {}, "_compiled_lines": {}}  # made again where it is unpickled
 
     def __repr__(self) -> str:
         return f"Explainer({type(self.model).__name__}, {self.method.name!r}, layer={self.layer!r})"
@@ -138,6 +139,8 @@ class Explainer(Network):
     def __call__(self, images: torch.Tensor, targets: TargetSpec = None) -> Attribution:
         """Attribution maps of `images` (B, C, *spatial) for `targets`, documented at `fastcam.attribute`."""
         check_images(images)
+        if torch.compiler.is_dynamo_compiling():
+            return self._compiled(images, targets)
         warn_if_training(self.model)
         if images.shape[0] == 0:
             return self._empty(images, targets)
@@ -152,18 +155,9 @@ class Explainer(Network):
 
     def _with_graph(self, images: torch.Tensor, targets: TargetSpec) -> Attribution:
         """The attribution by the straight line of operators it comes down to, with the model's own parameters."""
-        given: tuple[torch.Tensor, ...] = ()
-        if (
-            targets is not None
-            and not isinstance(targets, str)
-            and (isinstance(targets, torch.Tensor) or not callable(targets))
-        ):
-            one = torch.as_tensor(targets, dtype=torch.int64, device=images.device)
-            given = (one.expand(images.shape[0]) if one.ndim == 0 else one,)
+        given = _given(images, targets)
         line, first = self._line(images, targets, given)
-        weights = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
-        read = {name: weights[name] for name in line.state_dict() if name in weights}
-        found = dataclasses.replace(first, **torch.func.functional_call(line, read, (images, *given)))
+        found = dataclasses.replace(first, **self._with_weights(line, images, given))
         behaviour = self.options.on_nonfinite or ("raise" if images.device.type == "cpu" else "mask")
         if behaviour == "raise" and not bool(found.valid.all()):
             wrong = int((~found.valid).nonzero()[0])
@@ -173,22 +167,55 @@ class Explainer(Network):
             )
         return found
 
+    def _compiled(self, images: torch.Tensor, targets: TargetSpec) -> Attribution:
+        """What `torch.compile` sees of `__call__`: the straight line, made while it traces."""
+        from fastcam._straight_line import prepared  # whose imports are heavy
+
+        given = _given(images, targets)
+        name = prepared(self, images, None if given else targets, given[0] if given else None)
+        line, blank = self._compiled_lines[name]
+        if self.differentiable:
+            return Attribution(**(blank | self._with_weights(line, images, given)))
+        with torch.no_grad():
+            return Attribution(**(blank | line(images, *given)))
+
+    def _with_weights(self, line: nn.Module, images: torch.Tensor, given: tuple[torch.Tensor, ...]) -> dict[str, Any]:
+        """What a differentiable line makes of the model's own parameters."""
+        weights = dict(self.model.named_parameters(remove_duplicate=False)) | dict(self.model.named_buffers())
+        read = {name: weights[name] for name in line.state_dict() if name in weights}
+        found: dict[str, Any] = torch.func.functional_call(line, read, (images, *given))
+        return found
+
+    def _inlined(self, images: torch.Tensor, targets: TargetSpec, given: torch.Tensor | None) -> str:
+        """Name among `_compiled_lines` of the line for images and targets of this kind. None is ever forgotten, for
+        compiled code runs them."""
+        if self.options.on_nonfinite == "raise" and not self.differentiable:
+            raise ValueError("compiled code cannot raise on numbers; leave on_nonfinite out: it masks")
+        if images.shape[0] == 0:  # no number of images is known by a trace without any
+            images = images.new_zeros((1, *images.shape[1:]))
+            given = None if given is None else given.new_zeros((1, *given.shape[1:]))
+        line, first = self._line(images, targets if given is None else given, () if given is None else (given,))
+        name = f"line {id(line)}"
+        self._compiled_lines[name] = line, {f.name: getattr(first, f.name) for f in dataclasses.fields(first)}
+        return name
+
     def _line(
         self, images: torch.Tensor, targets: TargetSpec, given: tuple[torch.Tensor, ...]
-    ) -> tuple[nn.Module, Attribution]:
+    ) -> tuple[Any, Attribution]:
         """The straight line for images and targets of this kind, and an attribution without its tensors."""
         chosen = given[0].shape[1:] if given else targets
         key = (fingerprint(self.model), images.shape[1:], images.dtype, images.device, chosen)
         if key not in self._lines:
-            from fastcam._straight_line import straight_line  # whose imports are heavy
+            from fastcam._straight_line import inlined, straight_line  # whose imports are heavy
 
             with neutral_modes():
                 first = self._explain(images.detach().clone(), targets)
-            made = straight_line(self, images.detach(), targets, first.targets if given else None, _tensors)
+            asked = self, images.detach(), targets, first.targets if given else None, _tensors
+            made = straight_line(*asked).module() if self.differentiable else inlined(*asked)
             while len(self._lines) >= _LINES:
                 del self._lines[next(iter(self._lines))]
             blank: Any = dict.fromkeys(_tensors(first))
-            self._lines[key] = made.module(), dataclasses.replace(first, **blank)
+            self._lines[key] = made, dataclasses.replace(first, **blank)
         return self._lines[key]
 
     def _through(self, session: Session, images: torch.Tensor, targets: TargetSpec) -> Attribution:
@@ -299,6 +326,17 @@ class Explainer(Network):
             valid=one.valid[:0],
             extra=torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t[:0] if t.ndim else t, one.extra),
         )
+
+
+def _given(images: torch.Tensor, targets: TargetSpec) -> tuple[torch.Tensor, ...]:
+    """Targets that are class indices, as a straight line reads them: (B,) or (B, T); nothing for others."""
+    if isinstance(targets, bool) or not isinstance(targets, (int, list, tuple, torch.Tensor)):
+        return ()
+    one = torch.as_tensor(targets, device=images.device)
+    if one.dtype.is_floating_point or one.dtype == torch.bool:
+        return ()  # an error, but not here
+    one = one.to(torch.int64)
+    return (one.expand(images.shape[0]) if one.ndim == 0 else one,)
 
 
 def _tensors(found: Attribution) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastcam._library import LIBRARY
+from fastcam._tracing import graph_holds_ops
 from fastcam.backends import implementation, register
 from fastcam.ops import _checks
 
@@ -16,8 +17,8 @@ __all__ = ["check_alike", "register_plain", "run"]
 
 
 def run(name: str, *arguments: Any, **options: Any) -> Any:
-    """The op by the backend in force; graphs hold the op itself, and backends are chosen when they run."""
-    if torch.compiler.is_compiling():
+    """The op by the backend in force."""
+    if graph_holds_ops():
         return getattr(torch.ops.fastcam, name).default(*arguments, **options)
     return implementation(name, arguments[0].device.type)(*arguments, **options)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastcam import reference as references
 from fastcam._dtypes import accumulation_dtype
 from fastcam._library import LIBRARY
+from fastcam._tracing import graph_holds_ops
 from fastcam.backends import implementation, register
 from fastcam.ops import _checks
 from fastcam.reference.cam_map import resize
@@ -86,7 +87,7 @@ def _check(features: Tensor, weights: Tensor, reference: Tensor | None, size: Se
 
 
 def _run(features: Tensor, *rest: Any) -> Outputs:
-    if torch.compiler.is_compiling():  # graphs hold the op; backends are chosen when they run
+    if graph_holds_ops():
         return torch.ops.fastcam.cam_map.with_raw(features, *rest)
     return implementation("cam_map", features.device.type)(features, *rest)
 

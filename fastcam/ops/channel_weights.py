@@ -10,6 +10,7 @@ from torch import Tensor
 from fastcam import reference as references
 from fastcam._dtypes import accumulation_dtype
 from fastcam._library import LIBRARY
+from fastcam._tracing import graph_holds_ops
 from fastcam.backends import implementation, register
 from fastcam.ops import _checks
 from fastcam.reference.channel_weights import alpha, guarded_ratio
@@ -70,7 +71,7 @@ def _closed_form(features: Tensor, g: Tensor, reference: Tensor | None, mode: st
 
 
 def _run(features: Tensor, *rest: Any) -> Tensor:
-    if torch.compiler.is_compiling():  # graphs hold the op; backends are chosen when they run
+    if graph_holds_ops():
         return torch.ops.fastcam.channel_weights.default(features, *rest)
     return implementation("channel_weights", features.device.type)(features, *rest)
 

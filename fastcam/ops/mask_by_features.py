@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastcam import reference as references
 from fastcam._library import LIBRARY
+from fastcam._tracing import graph_holds_ops
 from fastcam.backends import implementation, register
 from fastcam.ops import _checks
 from fastcam.reference.mask_by_features import result_format
@@ -51,7 +52,7 @@ def mask_by_features(
     2020 (IS-CAM) for scale; resize as aten upsample_bilinear2d with align_corners=False.
     """
     _check(images, features, start, count, noise, scale, order)
-    if torch.compiler.is_compiling():  # graphs hold the op; backends are chosen when they run
+    if graph_holds_ops():
         call = torch.ops.fastcam.mask_by_features.default
     else:
         call = implementation("mask_by_features", images.device.type)

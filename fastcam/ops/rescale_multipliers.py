@@ -10,6 +10,7 @@ from torch import Tensor
 from fastcam import reference as references
 from fastcam._dtypes import accumulation_dtype
 from fastcam._library import LIBRARY
+from fastcam._tracing import graph_holds_ops
 from fastcam.backends import implementation, register
 from fastcam.ops import _checks
 from fastcam.reference.rescale_multipliers import gain, rescale_factor
@@ -55,7 +56,7 @@ def _check(multipliers: Tensor, inputs: Tensor, reference: Tensor, negative_slop
 
 
 def _run(multipliers: Tensor, inputs: Tensor, *rest: Any) -> Tensor:
-    if torch.compiler.is_compiling():  # graphs hold the op; backends are chosen when they run
+    if graph_holds_ops():
         return torch.ops.fastcam.rescale_multipliers.default(multipliers, inputs, *rest)
     return implementation("rescale_multipliers", inputs.device.type)(multipliers, inputs, *rest)
 
