@@ -141,8 +141,9 @@ class EmbeddingNetwork(Network):
         lone = not isinstance(session, CapturedSession) or bool(session.cut.bypass)
         lone = lone and not self._pools
         passed = session.forward(images, "gradients" if lone else "closed_form", by_index=False)
-        features = self._reshaped(passed.features)
-        check_spatial((None, *features.shape[1:]), passed.layer, images.ndim - 2, self._reshapes)
+        features = self._reshaped(passed.features, session)
+        told = self.options.reshape_transform is not None
+        check_spatial((None, *features.shape[1:]), passed.layer, images.ndim - 2, told)
         embeddings = self._embedded(self._taken(session, passed.output), features)
         if isinstance(session, HookSession) and lone:
             _refuse_unit_rows(embeddings, session.reason)
@@ -169,7 +170,9 @@ class EmbeddingNetwork(Network):
             length = found.length
             return found.program
 
-        session = self._network_at(images, self.method.name, self.options, "closed_form", rewrite=rewrite)
+        session = self._network_at(
+            images, self.method.name, self.options, "closed_form", rewrite=rewrite, arranged=True
+        )
         return session, length
 
     def _check_origin(self, gallery: Gallery, session: Session) -> None:
@@ -192,19 +195,15 @@ class EmbeddingNetwork(Network):
         """The embeddings that follow from features alone."""
         with neutral_modes():
             output = None if self._pools else session.cut.run_probe(features, session.leaves)
-            return self._embedded(output, self._reshaped(features))
+            return self._embedded(output, self._reshaped(features, session))
 
     @property
     def _pools(self) -> bool:
         """Whether embeddings are the pooled features rather than from the model's output."""
         return self.options.embedding in ("avg", "max", "gem")
 
-    @property
-    def _reshapes(self) -> bool:
-        return self.options.reshape_transform is not None
-
-    def _reshaped(self, features: Tensor) -> Tensor:
-        transform = self.options.reshape_transform
+    def _reshaped(self, features: Tensor, session: Session) -> Tensor:
+        transform = self.options.reshape_transform or session.arrangement()
         return features if transform is None else transform(features)
 
     def _taken(self, session: Session, output: Any) -> Any:
@@ -237,13 +236,13 @@ class EmbeddingNetwork(Network):
             return weights
         if options.embedding == "gem":
             # d z_k / d A = A^(p - 1) z_k^(1 - p) / Z, summed over positions
-            features = self._reshaped(side.features).to(weights.dtype).clamp(min=_SMALLEST).flatten(2)
+            features = self._reshaped(side.features, side.session).to(weights.dtype).clamp(min=_SMALLEST).flatten(2)
             power = options.gem_power - 1
             factor = features.pow(power).mean(2) / side.embeddings.to(weights.dtype).pow(power)
             return weights * (factor if rows is None else factor[rows])
 
         def summed(gradients: Tensor) -> Tensor:
-            return _summed(self._reshaped(gradients), weights.dtype)
+            return _summed(self._reshaped(gradients, side.session), weights.dtype)
 
         if side.passed is not None:
             if rows is not None and not torch.equal(rows, torch.arange(len(side), device=rows.device)):
@@ -253,7 +252,7 @@ class EmbeddingNetwork(Network):
         elif not isinstance(side.session, CapturedSession):
             if len(weights) > 0:
                 raise ValueError(_ONE_FOR_ONE.format(layer=side.session.layer))
-            return weights.new_zeros((0, self._reshaped(side.features).shape[1]))
+            return weights.new_zeros((0, self._reshaped(side.features, side.session).shape[1]))
         else:
             rows = torch.arange(len(side), device=weights.device) if rows is None else rows
             return side.session.pull_back(side.features, weights, rows, summed)

@@ -295,7 +295,7 @@ class PairExplainer(EmbeddingNetwork):
 
     def _maps(self, side: SideOfPair, weights: Tensor) -> Maps:
         """Maps, raw maps and whether each is finite, of weights (B[, T], K)."""
-        features = self._reshaped(side.features)
+        features = self._reshaped(side.features, side.session)
         size = self._map_size(side.image[1:], features, side.session.layer)
         return finish(features, Evidence(weights=weights), self.options.relu, self.normalize, size)
 

@@ -73,6 +73,42 @@ def test_tokens_and_channels_last_by_themselves(build, layer, by_hand, method):
     assert torch.equal(result.raw, expected.raw)
 
 
+@pytest.mark.parametrize(("build", "layer", "by_hand"), ARRANGED, ids=["vit", "swin", "convnext"])
+def test_pairs_of_tokens_and_channels_last(build, layer, by_hand):
+    model, images = build(), pictures(2, 32, 32)
+    for embedding in ("output", "gem"):
+        found, expected = (
+            fastcam.attribute_pair(model, images[:1], images[1:], layer=layer, embedding=embedding, **options)
+            for options in ({}, {"reshape_transform": by_hand})
+        )
+        assert found.maps_a.amax() > 0
+        for name in ("maps_a", "maps_b", "contributions", "score"):
+            assert torch.equal(getattr(found, name), getattr(expected, name))
+
+
+@pytest.mark.parametrize(("build", "layer", "by_hand"), ARRANGED, ids=["vit", "swin", "convnext"])
+def test_through_a_hook(build, layer, by_hand):
+    """A model that is not captured, here for a hook of its own: channels last by themselves, tokens when told how."""
+    model, images = build(), pictures(2, 32, 32)
+    options = {"layer": layer, "targets": [1, 3]}
+    expected = fastcam.attribute(model, images, "grad_cam", **options)
+    handle = model.register_forward_hook(lambda *_: None)
+    try:
+        told = {"reshape_transform": by_hand} if build is vit else {}
+        result = fastcam.attribute(model, images, "grad_cam", **options, **told)
+        torch.testing.assert_close(result.maps, expected.maps, rtol=0, atol=1e-5)
+        if build is vit:
+            with pytest.raises(TypeError, match=r"ln_1' gives tokens of shape \(B, 17, 16\).*reshape_transform"):
+                fastcam.attribute(model, images, "grad_cam", **options)
+        if build is convnext:  # its blocks end in a permutation: channels are second again
+            block = fastcam.attribute(model, images, "grad_cam", layer="features.3", targets=[1, 3])
+    finally:
+        handle.remove()
+    if build is convnext:
+        whole = fastcam.attribute(model, images, "grad_cam", layer="features.3", targets=[1, 3])
+        torch.testing.assert_close(block.maps, whole.maps, rtol=0, atol=1e-5)
+
+
 class Patches(nn.Module):
     """Patches of 4 x 4, `before` learned tokens and `after` more, one linear step, the mean of all."""
 

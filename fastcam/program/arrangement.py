@@ -12,7 +12,7 @@ from .capture import Program
 from .layers import is_channels_last, shown
 from .nodes import Node, Ref, op_name
 
-__all__ = ["arrangement"]
+__all__ = ["arrangement", "channels_first"]
 
 #: Tokens beside those of the grid that are taken for class, distillation and register tokens.
 _ASIDE = 16
@@ -29,7 +29,7 @@ class Grid:
         return tokens[:, self.start : self.start + math.prod(self.size)].mT.unflatten(2, self.size)
 
 
-def _channels_first(block: Tensor) -> Tensor:
+def channels_first(block: Tensor) -> Tensor:
     return block.movedim(-1, 1)
 
 
@@ -53,7 +53,7 @@ def arrangement(program: Program, index: int, layer: str) -> Callable[[Tensor], 
     if len(found) > 1:
         raise TypeError(f"{_what(layer, shape)}, which fit grids {_listed(found)}; {_CURE}")
     if not found:
-        return _channels_first if len(shape) == rank + 2 else None
+        return channels_first if len(shape) == rank + 2 else None
     (size,) = found
     aside = (shape[1] or 0) - math.prod(size)
     start = 0 if aside == 0 else _start(program, index, shape[1] or 0, math.prod(size))

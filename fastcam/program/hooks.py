@@ -17,12 +17,17 @@ from torch import Tensor, nn
 
 from fastcam._watch import stage
 
+from .arrangement import channels_first
 from .forward import Forward, Graph, Needs, Reference, Session, detached
 from .layers import layer_names, several_outputs
 from .state import evaluating, exclusive, keeping_buffers, neutral_modes
 from .targets import Targets
 
 __all__ = ["HookSession", "check_batched", "hook_session"]
+
+#: Modules whose output has its channels in the last dimension, and those that have them in the second.
+_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
+_SECOND = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
 
 
 def hook_session(model: nn.Module, layer: str | nn.Module | None, images: Tensor, reason: str) -> HookSession:
@@ -45,6 +50,11 @@ class HookSession(Session):
         self.layer = layer
         self.reason = reason
         self._module = module
+        self._last = False
+
+    def arrangement(self) -> Callable[[Tensor], Tensor] | None:
+        """Channels moved first, where those of the latest pass were last by the modules that ran inside the layer."""
+        return channels_first if self._last else None
 
     def forward(self, images: Tensor, needs: Needs = "features", by_index: bool = True) -> HookForward:
         """Run the model in evaluation mode; from the layer's last run on with a graph when gradients are wanted.
@@ -55,6 +65,11 @@ class HookSession(Session):
         if needs in ("multipliers", "parts"):
             raise RuntimeError(f"DeepLIFT multipliers need a captured network, but {self.reason}")
         taps: list[Tensor] = []
+        inside: list[tuple[torch.Size, bool]] = []
+
+        def note(module: nn.Module, args: Any, result: Any) -> None:
+            if isinstance(result, Tensor):
+                inside.append((result.shape, isinstance(module, _LAST)))
 
         def tap(features: Tensor) -> Tensor:
             taps.append(features.detach())
@@ -64,9 +79,11 @@ class HookSession(Session):
             # A copy goes on, so that code after the layer may write into it.
             return taps[-1].clone()
 
-        output = self._run(images, tap)
+        output = self._run(images, tap, note)
         if not taps:
             raise RuntimeError(f"layer '{self.layer}' does not run in the forward pass of {type(self.model).__name__}")
+        alike = [last for shape, last in inside if shape == taps[-1].shape]
+        self._last = images.ndim == taps[-1].ndim and alike[-1:] == [True]
         graph = Graph(taps[-1], output, self.layer) if needs == "gradients" else None
         return HookForward(self, images, taps[-1].detach(), detached(output), graph, runs=len(taps))
 
@@ -76,8 +93,16 @@ class HookSession(Session):
     def output(self, images: Tensor, folded: bool = False) -> Any:
         return detached(self._run(images, None))
 
-    def _run(self, images: Tensor, replace: Callable[[Tensor], Tensor] | None) -> Any:
-        """One pass in evaluation mode, the layer's output replaced at each of its runs."""
+    def _run(
+        self,
+        images: Tensor,
+        replace: Callable[[Tensor], Tensor] | None,
+        note: Callable[[nn.Module, Any, Any], None] | None = None,
+    ) -> Any:
+        """One pass in evaluation mode, the layer's output replaced at each of its runs.
+
+        note  a hook for the modules of the layer whose layout is known
+        """
         part = contextlib.ExitStack()
 
         def hook(module: nn.Module, args: Any, result: Any) -> Tensor:
@@ -96,6 +121,9 @@ class HookSession(Session):
             contextlib.ExitStack() as hooks,
             part,
         ):
+            for module in self._module.modules() if note is not None else ():
+                if isinstance(module, _LAST + _SECOND):
+                    hooks.callback(module.register_forward_hook(note).remove)
             if replace is not None:
                 hooks.callback(self._module.register_forward_hook(hook).remove)
             part.enter_context(stage("trunk"))
