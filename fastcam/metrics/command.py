@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+
+from fastcam.explainer import Explainer
 
 from . import report
 from .evaluate import METRICS, Batch, Evaluation, Settings, evaluate
@@ -16,6 +19,7 @@ from .evaluate import METRICS, Batch, Evaluation, Settings, evaluate
 __all__ = ["main"]
 
 _TESTBED = "testbed:"
+_EXPLAINING = [name for name, metric in METRICS.items() if metric.needs == "method"]
 
 
 def main(words: Sequence[str]) -> int:
@@ -39,7 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="fastcam evaluate",
         description="Metrics of attribution maps: a table (JSON, CSV, markdown) and curves (PNG).",
-        epilog=f"metrics: {', '.join(METRICS)}; 'all' takes those the data allows",
+        epilog=f"metrics: {', '.join(METRICS)}; 'all' takes those the data allows, but for "
+        f"{', '.join(_EXPLAINING)}, which explain every image again many times",
     )
     maps = parser.add_mutually_exclusive_group(required=True)
     maps.add_argument("--maps", type=Path, metavar="STORE", help="maps of a job: what fastcam run wrote")
@@ -57,6 +62,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--tolerance", type=float, default=0, help="of the pointing game, in pixels (default: 0)")
     parser.add_argument("--threshold", type=float, default=0.5, help="of the overlap (default: %(default)s)")
+    parser.add_argument("--radius", type=float, default=0.2, help="of max_sensitivity's noise (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=10, help="noisy copies an image, likewise (default: 10)")
     parser.add_argument(
         "--chunk", type=int, default=32, help="perturbed inputs in a forward pass (default: %(default)s)"
     )
@@ -78,20 +85,21 @@ def _evaluate(given: argparse.Namespace) -> Evaluation:
     return _testbed(given) if given.maps is None else _stored(given)
 
 
-def _settings(given: argparse.Namespace, usual: str, mean: Any, std: Any) -> Settings:
-    names = ("steps", "baseline", "chunk", "seed", "tolerance", "threshold")
-    return Settings(output=given.output or usual, mean=mean, std=std, **{name: getattr(given, name) for name in names})
+def _settings(given: argparse.Namespace, usual: str, mean: Any, std: Any, method: Any) -> Settings:
+    names = ("steps", "baseline", "chunk", "seed", "tolerance", "threshold", "radius", "samples")
+    own = {name: getattr(given, name) for name in names}
+    return Settings(output=given.output or usual, mean=mean, std=std, method=method, **own)
 
 
 def _metrics(text: str, masks: bool) -> list[str]:
     if text == "all":
-        return [name for name, metric in METRICS.items() if masks or metric.needs != "masks"]
+        allowed = {"maps", "model", "masks"} if masks else {"maps", "model"}
+        return [name for name, metric in METRICS.items() if metric.needs in allowed]
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _testbed(given: argparse.Namespace) -> Evaluation:
     """Scenes with two digits, a map for each; masks are known, classes are independent."""
-    from fastcam.explainer import Explainer
     from fastcam.testbed import load, make_scenes, normalize
     from fastcam.testbed.models import MEAN, STD
 
@@ -101,7 +109,11 @@ def _testbed(given: argparse.Namespace) -> Evaluation:
             "networks and images make a store with fastcam run, then pass --maps"
         )
     model = load(given.model.removeprefix(_TESTBED), given.weights).to(given.device)
-    explainer = Explainer(model, given.method, mean=MEAN, std=STD)
+
+    def method(network: nn.Module) -> Explainer:
+        return Explainer(network, given.method, mean=MEAN, std=STD)
+
+    explainer = method(model)
     count = given.limit or 64
 
     def batches() -> Iterator[Batch]:
@@ -112,7 +124,7 @@ def _testbed(given: argparse.Namespace) -> Evaluation:
             ids = [f"scene {start + i}" for i in range(len(images))]
             yield Batch(images, explainer(images, labels).maps, labels, masks, ids)
 
-    settings = _settings(given, "sigmoid", MEAN, STD)
+    settings = _settings(given, "sigmoid", MEAN, STD, method)
     return evaluate(
         model, batches(), _metrics(given.metrics, True), settings, {"model": given.model, "method": given.method}
     )
@@ -140,6 +152,27 @@ def _stored(given: argparse.Namespace) -> Evaluation:
         device=given.device,
     )  # fmt: skip
     model = loaded.model.to(torch.device(given.device))
-    settings = _settings(given, "probability", prepare.mean, prepare.std)
+    settings = _settings(given, "probability", prepare.mean, prepare.std, _as_made(store.provenance, prepare))
     names = _metrics(given.metrics, given.masks is not None)
     return evaluate(model, items, names, settings, {"maps": str(given.maps), **facts})
+
+
+def _as_made(provenance: dict[str, Any], prepare: Any) -> Callable[[nn.Module], Explainer]:
+    """What explained the images of a store, for any network."""
+
+    def method(network: nn.Module) -> Explainer:
+        for name, value in provenance["options"].items():
+            if isinstance(value, str) and " sha256 " in value:  # a tensor's
+                raise ValueError(f"option {name!r} of the job was a tensor, which the store does not hold: {value}")
+        return Explainer(
+            network,
+            provenance["method"],
+            layer=provenance["layer"],
+            precision=provenance["precision"],
+            channels_last=provenance["channels_last"],
+            mean=prepare.mean,
+            std=prepare.std,
+            **provenance["options"],
+        )
+
+    return method

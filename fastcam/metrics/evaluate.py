@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastcam.explainer import Explainer
+
+from . import explaining
 from .accumulate import Mean
 from .agreement import sparsity
 from .confidence import confidence
@@ -41,7 +44,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Settings:
-    """Options of the metrics, under the names they have there; `fractions` are those of ROAD."""
+    """Options of the metrics, under the names they have there; `fractions` are those of ROAD.
+
+    method  how the maps were made, for metrics that explain again: a method's name, or model -> `Explainer`
+    """
 
     output: Any = "probability"
     steps: int = 50
@@ -54,6 +60,16 @@ class Settings:
     noise: float = 0.01
     tolerance: float = 0
     threshold: float = 0.5
+    radius: float = 0.2
+    samples: int = 10
+    method: str | Callable[[nn.Module], Explainer] | None = None
+
+    def bound(self, model: nn.Module) -> Any:
+        """The explainer of `model` by `method`."""
+        assert self.method is not None
+        return (
+            Explainer(model, self.method, on_nonfinite="mask") if isinstance(self.method, str) else self.method(model)
+        )
 
     def of(self, *names: str) -> dict[str, Any]:
         return {name: getattr(self, name) for name in names}
@@ -106,7 +122,12 @@ def _sparsity(_: Any, batch: Batch, __: Settings) -> Found:
 
 
 class _Metric(NamedTuple):
-    """family: computes it, with others; better: "higher", "lower" or "neither"; needs: "model", "masks" or "maps"."""
+    """How `evaluate` gets at a metric.
+
+    family  computes it, with others
+    better  "higher", "lower" or "neither"
+    needs   "maps" · "masks" of the objects · "model" · "method", and the model
+    """
 
     family: Family
     better: str
@@ -128,6 +149,9 @@ METRICS: dict[str, _Metric] = {
     "localisation_iou": _Metric(_localisation, "higher", "masks"),
     "average_precision": _Metric(_localisation, "higher", "masks"),
     "sparsity": _Metric(_sparsity, "neither", "maps"),
+    "max_sensitivity": _Metric(explaining.sensitivity, "lower", "method"),
+    "randomisation": _Metric(explaining.randomisation, "lower", "method"),
+    "shap_agreement": _Metric(explaining.shap, "higher", "method"),
 }
 
 
@@ -190,12 +214,12 @@ def evaluate(
     settings  options of the metrics
     facts     kept in the result
 
-    Raises ValueError for an unknown metric, one whose masks or model are missing, or no batch at all; and what the
-    metrics raise. Cost: the metrics', and one host synchronisation a batch. Memory: one batch, and a float a metric and
-    item.
+    Raises ValueError for an unknown metric, one whose masks, model or method are missing, or no batch at all; and what
+    the metrics raise. Cost: the metrics', and one host synchronisation a batch. Memory: one batch, and a float a metric
+    and item.
     """
     settings = settings or Settings()
-    chosen = _checked(metrics, model)
+    chosen = _checked(metrics, model, settings)
     families = list(dict.fromkeys(METRICS[name].family for name in chosen))
     values: dict[str, list[float]] = {name: [] for name in chosen}
     curves: dict[str, tuple[Tensor, Mean]] = {}
@@ -220,10 +244,12 @@ def evaluate(
     used = {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
     if isinstance(used["baseline"], Tensor):
         used["baseline"] = f"tensor {tuple(used['baseline'].shape)}"
+    if callable(settings.method):
+        del used["method"]  # which `facts` can say
     return Evaluation(values, ids, drawn, used, dict(facts or {}))
 
 
-def _checked(metrics: Sequence[str], model: nn.Module | None) -> list[str]:
+def _checked(metrics: Sequence[str], model: nn.Module | None, settings: Settings) -> list[str]:
     chosen = list(dict.fromkeys(metrics))
     if not chosen:
         raise ValueError(f"metrics names none; there are {', '.join(METRICS)}")
@@ -232,8 +258,12 @@ def _checked(metrics: Sequence[str], model: nn.Module | None) -> list[str]:
             close = difflib.get_close_matches(str(name), METRICS, n=1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(f"there is no metric {name!r} to evaluate; {hint}metrics: {', '.join(METRICS)}")
-        if METRICS[name].needs == "model" and model is None:
-            raise ValueError(f"metric '{name}' perturbs images and needs the model they are for")
+        needs = METRICS[name].needs
+        if needs in ("model", "method") and model is None:
+            what = "perturbs images" if needs == "model" else "explains again"
+            raise ValueError(f"metric '{name}' {what} and needs the model the maps are for")
+        if needs == "method" and settings.method is None:
+            raise ValueError(f"metric '{name}' explains again: pass Settings(method=), how the maps were made")
     return chosen
 
 

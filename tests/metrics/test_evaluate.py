@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import fastcam
 from fastcam import metrics
 from fastcam.cli import main
 from fastcam.metrics import report, stored
@@ -25,7 +26,8 @@ def masks(maps):
 
 
 def test_values_are_the_metrics(model, images, maps, targets, masks):
-    settings = Settings(steps=6, fractions=(0.2, 0.6), tolerance=2, threshold=0.3, noise=0.1, seed=3)
+    asked = {"fractions": (0.2, 0.6), "tolerance": 2, "threshold": 0.3, "noise": 0.1, "radius": 0.3, "samples": 2}
+    settings = Settings(steps=6, seed=3, method="a_fmi", **asked)
     parts = [Batch(images[:2], maps[:2], targets[:2], masks[:2], ["a", "b"]), Batch(images[2:], maps[2:], 4, masks[2:])]
     found = evaluate(model, parts, list(METRICS), settings, {"note": "test"})
     assert found.ids == ["a", "b", "2"]
@@ -44,6 +46,15 @@ def test_values_are_the_metrics(model, images, maps, targets, masks):
         "localisation_iou": metrics.localisation_iou(maps, masks, threshold=0.3),
         "average_precision": metrics.average_precision(maps, masks),
         "sparsity": metrics.sparsity(maps),
+        "max_sensitivity": metrics.max_sensitivity(
+            fastcam.Explainer(model, "a_fmi"), images, targets, radius=0.3, samples=2, seed=3
+        ),
+        "randomisation": metrics.cascading_randomisation(
+            model, images, targets, method="a_fmi", seed=3
+        ).similarity.nanmean(0),
+        "shap_agreement": metrics.shap_agreement(
+            *(fastcam.attribute(model, images, name, targets=targets).weights for name in ("a_fmi", "shap_cam"))
+        ),
     }
     assert set(want) == set(METRICS)
     for name, values in want.items():
@@ -83,6 +94,27 @@ def test_rows_files_and_picture(model, images, maps, targets, masks, tmp_path):
     assert [path.name for path in report.write(no_curves, tmp_path)][-1] == "evaluation.md"
 
 
+def test_several_targets_are_explained_one_by_one(model, images):
+    """And where the store has no map for a target, no number."""
+    targets = torch.tensor([[2, 0], [0, 1], [4, 3]])
+    explained = fastcam.attribute(model, images, "grad_cam", targets=targets)
+    maps = explained.maps.clone()
+    maps[1, 1] = torch.nan
+    names = ["max_sensitivity", "randomisation", "shap_agreement"]
+    settings = Settings(method=lambda network: fastcam.Explainer(network, "grad_cam", layer="features"), samples=2)
+    found = evaluate(model, [Batch(images, maps, targets)], names, settings)
+    alone = [
+        evaluate(model, [Batch(images, explained.maps[:, column], targets[:, column])], names, settings)
+        for column in (0, 1)
+    ]
+    for name in names:
+        want = torch.tensor([one.values[name] for one in alone]).T.flatten()
+        assert want.isfinite().all()
+        want[3] = torch.nan
+        np.testing.assert_allclose(found.values[name], want.numpy(), rtol=1e-6, err_msg=name)
+    assert "method" not in found.settings
+
+
 def test_errors(model, images, maps, targets):
     batch = [Batch(images, maps, targets)]
     with pytest.raises(ValueError, match="did you mean 'deletion_auc'"):
@@ -95,6 +127,12 @@ def test_errors(model, images, maps, targets):
         evaluate(model, [], ["sparsity"])
     with pytest.raises(ValueError, match="metrics names none"):
         evaluate(model, batch, [])
+    with pytest.raises(ValueError, match="metric 'randomisation' explains again and needs the model"):
+        evaluate(None, batch, ["randomisation"])
+    with pytest.raises(ValueError, match=r"metric 'max_sensitivity' explains again: pass Settings\(method=\)"):
+        evaluate(model, batch, ["max_sensitivity"])
+    with pytest.raises(ValueError, match="method 'hires_cam' gives none"):
+        evaluate(model, batch, ["shap_agreement"], Settings(method="hires_cam"))
 
 
 class Shelf:
@@ -190,7 +228,7 @@ def test_the_command_on_the_store_of_a_job(capsys, tmp_path):
         pytest.importorskip(package)
     from PIL import Image
 
-    from fastcam import attribute, jobs
+    from fastcam import Explainer, attribute, jobs
     from fastcam.testbed import load, make_scenes, normalize
 
     scenes = make_scenes(5)
@@ -203,8 +241,19 @@ def test_the_command_on_the_store_of_a_job(capsys, tmp_path):
         Image.fromarray(mask).save(tmp_path / "masks" / f"{i}.png")
     store = tmp_path / "maps.zarr"
     jobs.run("testbed:tiny_resnet", str(tmp_path / "images"), str(store), method="grad_cam", dtype="float32")
-    names = "energy_pointing,deletion_auc,average_drop"
-    words = ["--maps", str(store), "--masks", str(tmp_path / "masks"), "--metrics", names, "--steps", "4"]
+    names = "energy_pointing,deletion_auc,average_drop,max_sensitivity,shap_agreement"
+    words = [
+        "--maps",
+        str(store),
+        "--masks",
+        str(tmp_path / "masks"),
+        "--metrics",
+        names,
+        "--steps",
+        "4",
+        "--samples",
+        "2",
+    ]
     assert main(["evaluate", *words, "--limit", "4", "--batch-size", "3", "--out", str(tmp_path / "out")]) == 0
     document = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert document["items"]["ids"] == [f"{i}.png" for i in range(4)]
@@ -216,6 +265,10 @@ def test_the_command_on_the_store_of_a_job(capsys, tmp_path):
         "energy_pointing": metrics.energy_pointing(result.maps, scenes.masks[:4, 0]),
         "deletion_auc": metrics.deletion_auc(net, images, result.maps, result.targets, steps=4),
         "average_drop": metrics.average_drop(net, images, result.maps, result.targets),
+        "max_sensitivity": metrics.max_sensitivity(Explainer(net, "grad_cam"), images, result.targets, samples=2),
+        "shap_agreement": metrics.shap_agreement(
+            result.weights, attribute(net, images, "shap_cam", targets=result.targets).weights
+        ),
     }
     for name, values in want.items():
         np.testing.assert_allclose(document["items"]["values"][name], values.numpy(), atol=1e-4, err_msg=name)
