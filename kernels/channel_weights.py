@@ -153,14 +153,15 @@ def _reduce(
 
 
 @triton.jit
-def _finish(partials, out, rows, positions, chunks, MODE: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr):
+def _finish(partials, out, rows, positions, chunks, MODE: tl.constexpr, BLOCK: tl.constexpr):
     """Adds the chunks' sums in order and makes coefficients of them."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     known = row < rows
     rows = tl.cast(rows, tl.int64)
-    main = tl.zeros((BLOCK,), dtype=ACC)
-    shift = tl.zeros((BLOCK,), dtype=ACC)
-    magnitude = tl.zeros((BLOCK,), dtype=ACC)
+    # Nearly equal floats would round the same way at every addition.
+    main = tl.zeros((BLOCK,), dtype=tl.float64)
+    shift = tl.zeros((BLOCK,), dtype=tl.float64)
+    magnitude = tl.zeros((BLOCK,), dtype=tl.float64)
     for part in range(chunks):
         main += tl.load(partials + part * rows + row, mask=known, other=0.0)
         if MODE == "xgrad":
@@ -226,7 +227,7 @@ def launch(
             partials = features.new_empty((3 if mode == "xgrad" else 1, chunks, rows), dtype=acc)
             reduce(mode, targets, shifts, partials)
             _finish[(triton.cdiv(rows, FINISH_BLOCK),)](
-                partials, out, rows, positions, chunks, MODE=mode, ACC=dtype, BLOCK=FINISH_BLOCK
+                partials, out, rows, positions, chunks, MODE=mode, BLOCK=FINISH_BLOCK
             )
 
         if chunks == 1:

@@ -45,7 +45,7 @@ Partition partition(const Problem& x) {
     const int64_t blocks = (x.positions() + kStreamBlock - 1) / kStreamBlock;
     result.block = ((x.positions() + blocks - 1) / blocks + 63) / 64 * 64;
     const int64_t slices = std::max<int64_t>(1, tasks / blocks);
-    result.slice = (x.channels + slices - 1) / slices;
+    result.slice = ((x.channels + slices - 1) / slices + 7) / 8 * 8;  // whole chains of ChannelStream
     result.slices = (x.channels + result.slice - 1) / result.slice;
   }
   result.blocks = (x.positions() + result.block - 1) / result.block;

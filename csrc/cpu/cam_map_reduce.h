@@ -5,6 +5,9 @@
 // features once per block of targets), one target over many positions keeps them in an L1 buffer and streams rows
 // (ChannelStream, also for per-position multipliers). channels_last: rows are positions, so each sum is a dot product along
 // a row (PositionDots). A leaf computes targets [t0,t1) at positions [p0,p1) from channels [k0,k1) and overwrites `out`.
+//
+// Chains of float additions are short and end in doubles: min-max scaling divides what a sum is off by the map's
+// range, which is a small part of the sums where channels are many.
 #pragma once
 
 #include "cpu/leaf.h"
@@ -46,31 +49,58 @@ struct ChannelTile {
     }
   }
 
+  static constexpr int64_t kRows = 256;  // whose sums are floats
+
   template <int N, int TB, int VB>
   static FASTCAM_INLINE void tile(const ReduceArgs<S>& a, int64_t t, int64_t p) {
+    const int64_t rows = std::is_same_v<A, double> ? a.k1 - a.k0 : kRows;
+    const bool one_chain = a.k1 - a.k0 <= rows;
+    alignas(64) A found[TB * VB * N];
+    alignas(64) double totals[TB * VB * N];
+    for (int i = 0; i < TB * VB * N && !one_chain; ++i) totals[i] = 0;
+    for (int64_t k = a.k0; k < a.k1; k += rows) {
+      add_rows<N, TB, VB>(found, a, t, p, k, smaller(k + rows, a.k1));
+      for (int i = 0; i < TB * VB * N && !one_chain; ++i) totals[i] += found[i];
+    }
+    for (int i = 0; i < TB * VB * N && !one_chain; ++i) found[i] = static_cast<A>(totals[i]);
+    const int64_t n = smaller(VB * N, a.p1 - p);
+    for (int i = 0; i < TB; ++i) std::memcpy(a.out + (t + i) * a.out_target + p, found + i * VB * N, n * sizeof(A));
+  }
+
+  // Sums of rows [k, end).
+  template <int N, int TB, int VB>
+  static FASTCAM_INLINE void add_rows(A* found, const ReduceArgs<S>& a, int64_t t, int64_t p, int64_t k, int64_t end) {
     Vector<A, N> sums[TB][VB] = {};
     const int64_t overrun = p + VB * N - a.positions;
-    int64_t safe = smaller(a.k1, safe_rows(a.channels, a.feature_row, overrun));
+    int64_t safe = smaller(end, safe_rows(a.channels, a.feature_row, overrun));
     if constexpr (REF) safe = smaller(safe, safe_rows(a.channels, a.reference_row, overrun));
     const S* f = a.features + p;
     const S* r = REF ? a.reference + p : nullptr;
     const A* w = static_cast<const A*>(a.weights) + t * a.weight_target;
-    int64_t k = a.k0;
+    if constexpr (TB == 1) {  // two chains in turn: half as long each
+      Vector<A, N> odd[TB][VB] = {};
+      for (; k + 2 <= safe; k += 2) {
+        const S *f0 = f + k * a.feature_row, *r0 = REF ? r + k * a.reference_row : nullptr;
+        add_row<N, TB, VB>(sums, f0, r0, w + k, a.weight_target);
+        add_row<N, TB, VB>(odd, f0 + a.feature_row, REF ? r0 + a.reference_row : nullptr, w + k + 1, a.weight_target);
+      }
+#pragma GCC unroll 8
+      for (int v = 0; v < VB; ++v) sums[0][v] += odd[0][v];
+    }
     for (; k < safe; ++k) {
       add_row<N, TB, VB>(sums, f + k * a.feature_row, REF ? r + k * a.reference_row : nullptr, w + k, a.weight_target);
     }
     const int64_t valid = smaller(VB * N, a.positions - p);
-    for (; k < a.k1; ++k) {
+    for (; k < end; ++k) {
       S f_row[VB * N] = {}, r_row[VB * N] = {};
       std::memcpy(f_row, f + k * a.feature_row, valid * sizeof(S));
       if constexpr (REF) std::memcpy(r_row, r + k * a.reference_row, valid * sizeof(S));
       add_row<N, TB, VB>(sums, f_row, r_row, w + k, a.weight_target);
     }
+#pragma GCC unroll 8
     for (int i = 0; i < TB; ++i) {
-      for (int v = 0; v < VB; ++v) {
-        const int64_t n = a.p1 - p - v * N;
-        if (n > 0) store_first<N>(a.out + (t + i) * a.out_target + p + v * N, sums[i][v], n);
-      }
+#pragma GCC unroll 8
+      for (int v = 0; v < VB; ++v) store<N>(found + (i * VB + v) * N, sums[i][v]);
     }
   }
 
@@ -98,11 +128,12 @@ struct ChannelTile {
   }
 };
 
-constexpr int64_t kStreamBlock = 4096;  // positions whose sums stay in L1 (half of it in float32)
+constexpr int64_t kStreamBlock = 4096;  // positions whose sums stay in the nearest caches
 
 template <typename S, bool REF, bool POSITIONAL>
 struct ChannelStream {
   using A = Accumulate<S>;
+    static constexpr int kRows = REF || POSITIONAL ? 4 : 8;  // added up in registers before memory sees the sum
 
   struct Row {
     const S* f;
@@ -111,21 +142,21 @@ struct ChannelStream {
     A weight;    // or coefficient
   };
 
-  // The hardware loses a stream at the end of each short row; asking for memory 4 KiB ahead triples the speed there.
-  static FASTCAM_INLINE void prefetch(const S* p) { __builtin_prefetch(p + 4096 / sizeof(S)); }
-
-  template <int N>
-  static FASTCAM_INLINE void add_row(A* sums, const Row& row, int64_t length) {
+  template <int N, int ROWS>
+  static FASTCAM_INLINE void add_rows(double* sums, const Row (&rows)[ROWS], int64_t length) {
     for (int64_t p = 0; p < length; p += N) {
-      prefetch(row.f + p);
-      if constexpr (REF) prefetch(row.r + p);
-      const auto d = difference<N, REF>(row.f + p, row.r + p);
-      if constexpr (POSITIONAL) {
-        prefetch(row.w + p);
-        store<N>(sums + p, load<N>(sums + p) + load<N>(row.w + p) * d);
-      } else {
-        store<N>(sums + p, load<N>(sums + p) + row.weight * d);
+      Vector<A, N> chain = {};
+#pragma GCC unroll 8
+      for (int i = 0; i < ROWS; ++i) {
+        const Row& row = rows[i];
+        const auto d = difference<N, REF>(row.f + p, row.r + p);
+        if constexpr (POSITIONAL) {
+          chain += load<N>(row.w + p) * d;
+        } else {
+          chain += row.weight * d;
+        }
       }
+      add_wide<N>(sums + p, chain);
     }
   }
 
@@ -149,22 +180,30 @@ struct ChannelStream {
 
   template <int N>
   static FASTCAM_INLINE void block(const ReduceArgs<S>& a, int64_t t, int64_t p, int64_t length) {
-    alignas(64) A sums[kStreamBlock] = {};
-    const int64_t overrun = p + (length + N - 1) / N * N - a.positions;
+    alignas(64) double sums[kStreamBlock];
+    const int64_t whole = (length + N - 1) / N * N, overrun = p + whole - a.positions;
+    for (int64_t i = 0; i < whole; ++i) sums[i] = 0;
     int64_t safe = smaller(a.k1, safe_rows(a.channels, a.feature_row, overrun));
     if constexpr (REF) safe = smaller(safe, safe_rows(a.channels, a.reference_row, overrun));
     if constexpr (POSITIONAL) safe = smaller(safe, safe_rows(a.channels, a.weight_row, overrun));
     int64_t k = a.k0;
-    for (; k < safe; ++k) add_row<N>(sums, row(a, t, k, p), length);
+    for (; k + kRows <= safe; k += kRows) {
+      Row rows[kRows];
+      for (int i = 0; i < kRows; ++i) rows[i] = row(a, t, k + i, p);
+      add_rows<N>(sums, rows, length);
+    }
     alignas(64) S f_row[kStreamBlock], r_row[kStreamBlock], w_row[kStreamBlock];
     for (; k < a.k1; ++k) {
-      Row last = row(a, t, k, p);
-      last.f = padded(f_row, last.f, length, N);
-      if constexpr (REF) last.r = padded(r_row, last.r, length, N);
-      if constexpr (POSITIONAL) last.w = padded(w_row, last.w, length, N);
-      add_row<N>(sums, last, length);
+      Row last[1] = {row(a, t, k, p)};
+      if (k >= safe) {
+        last[0].f = padded(f_row, last[0].f, length, N);
+        if constexpr (REF) last[0].r = padded(r_row, last[0].r, length, N);
+        if constexpr (POSITIONAL) last[0].w = padded(w_row, last[0].w, length, N);
+      }
+      add_rows<N>(sums, last, length);
     }
-    std::memcpy(a.out + t * a.out_target + p, sums, length * sizeof(A));
+    A* out = a.out + t * a.out_target + p;
+    for (int64_t i = 0; i < length; ++i) out[i] = static_cast<A>(sums[i]);
   }
 
   static FASTCAM_INLINE const S* padded(S* buffer, const S* row, int64_t length, int64_t lanes) {
@@ -189,10 +228,10 @@ struct PositionDots {
     }
   }
 
-  // One step of n <= N channels for PB positions and TB targets.
+  // One step of n <= N channels for PB positions, `apart` from each other, and TB targets.
   template <int N, int TB, int PB>
-  static FASTCAM_INLINE void step(Vector<A, N> (&sums)[TB][PB], const ReduceArgs<S>& a, int64_t t, int64_t p, int64_t k,
-                                  int64_t n) {
+  static FASTCAM_INLINE void step(Vector<A, N> (&sums)[TB][PB], const ReduceArgs<S>& a, int64_t t, int64_t p, int64_t apart,
+                                  int64_t k, int64_t n) {
     Vector<A, N> w[TB];
     if constexpr (!POSITIONAL) {
 #pragma GCC unroll 8
@@ -200,42 +239,60 @@ struct PositionDots {
     }
 #pragma GCC unroll 8
     for (int i = 0; i < PB; ++i) {
-      const S* f = a.features + (p + i) * a.feature_row + k;
+      const S* f = a.features + (p + i * apart) * a.feature_row + k;
       Vector<A, N> d = n == N ? load<N>(f) : load_first<N>(f, n);
       if constexpr (REF) {
-        const S* r = a.reference + (p + i) * a.reference_row + k;
+        const S* r = a.reference + (p + i * apart) * a.reference_row + k;
         d -= n == N ? load<N>(r) : load_first<N>(r, n);
       }
 #pragma GCC unroll 8
-      for (int j = 0; j < TB; ++j) sums[j][i] += (POSITIONAL ? load_weight<N>(a, t + j, p + i, k, n) : w[j]) * d;
+      for (int j = 0; j < TB; ++j) sums[j][i] += (POSITIONAL ? load_weight<N>(a, t + j, p + i * apart, k, n) : w[j]) * d;
     }
   }
 
   template <int N, int TB, int PB>
-  static FASTCAM_INLINE void tile(const ReduceArgs<S>& a, int64_t t, int64_t p) {
-    Vector<A, N> sums[TB][PB] = {};
-    int64_t k = a.k0;
-    for (; k + N <= a.k1; k += N) step<N, TB, PB>(sums, a, t, p, k, N);
-    if (k < a.k1) step<N, TB, PB>(sums, a, t, p, k, a.k1 - k);
+  static FASTCAM_INLINE void tile(const ReduceArgs<S>& a, int64_t t, int64_t p, int64_t apart) {
+    constexpr int64_t kBlock = 4 * kChain * N;  // channels of a chain in each lane; lanes and chains make a tree
+    Vector<A, N> totals[TB][PB] = {};
+    for (int64_t start = a.k0; start < a.k1; start += kBlock) {
+      const int64_t end = smaller(a.k1, start + kBlock);
+      Vector<A, N> sums[TB][PB] = {};
+      int64_t k = start;
+      for (; k + N <= end; k += N) step<N, TB, PB>(sums, a, t, p, apart, k, N);
+      if (k < end) step<N, TB, PB>(sums, a, t, p, apart, k, end - k);
+#pragma GCC unroll 8
+      for (int j = 0; j < TB; ++j) {
+#pragma GCC unroll 8
+        for (int i = 0; i < PB; ++i) totals[j][i] += sums[j][i];
+      }
+    }
     for (int j = 0; j < TB; ++j) {
-      for (int i = 0; i < PB; ++i) a.out[(t + j) * a.out_target + p + i] = horizontal_sum<N>(sums[j][i]);
+      for (int i = 0; i < PB; ++i) a.out[(t + j) * a.out_target + p + i * apart] = horizontal_sum<N>(totals[j][i]);
     }
   }
 
+  // Positions are taken PB at a time from PB runs of neighbours: as many streams from memory, which fetch faster than one.
   template <int BYTES>
   static FASTCAM_INLINE void body(const ReduceArgs<S>& a) {
     constexpr int N = kLanes<BYTES, S>;
-    constexpr int TB = POSITIONAL ? 1 : BYTES == 64 ? 4 : 2;
-    int64_t p = a.p0;
-    for (; p + 4 <= a.p1; p += 4) targets<N, TB, 4>(a, p);
-    for (; p < a.p1; ++p) targets<N, TB, 1>(a, p);
+    if constexpr (!POSITIONAL) {
+      if (a.t1 - a.t0 > 1) return runs<N, BYTES == 64 ? 4 : 2, 4>(a);
+    }
+    runs<N, 1, REF || POSITIONAL ? 4 : 8>(a);
   }
 
   template <int N, int TB, int PB>
-  static FASTCAM_INLINE void targets(const ReduceArgs<S>& a, int64_t p) {
+  static FASTCAM_INLINE void runs(const ReduceArgs<S>& a) {
+    const int64_t run = (a.p1 - a.p0) / PB;
+    for (int64_t p = a.p0; p < a.p0 + run; ++p) targets<N, TB, PB>(a, p, run);
+    for (int64_t p = a.p0 + run * PB; p < a.p1; ++p) targets<N, TB, 1>(a, p, 0);
+  }
+
+  template <int N, int TB, int PB>
+  static FASTCAM_INLINE void targets(const ReduceArgs<S>& a, int64_t p, int64_t apart) {
     int64_t t = a.t0;
-    for (; t + TB <= a.t1; t += TB) tile<N, TB, PB>(a, t, p);
-    for (; t < a.t1; ++t) tile<N, 1, PB>(a, t, p);
+    for (; t + TB <= a.t1; t += TB) tile<N, TB, PB>(a, t, p, apart);
+    for (; t < a.t1; ++t) tile<N, 1, PB>(a, t, p, apart);
   }
 };
 

@@ -40,12 +40,12 @@ struct Formula {
   static FASTCAM_INLINE V magnitude(V v) { return v < 0 ? -v : v; }
 };
 
-template <Mode MODE, typename A>
-FASTCAM_INLINE A finished(A sum, A total, A magnitude, int64_t positions) {
-  if constexpr (MODE == Mode::kMean) return sum / static_cast<A>(positions);
+template <Mode MODE, typename T>
+FASTCAM_INLINE T finished(T sum, T total, T magnitude, int64_t positions) {
+  if constexpr (MODE == Mode::kMean) return sum / static_cast<T>(positions);
   if constexpr (MODE == Mode::kXGrad) {
-    const A absolute = total < 0 ? -total : total;
-    return absolute <= A(1e-6) * magnitude ? A(0) : sum / total;
+    const T absolute = total < 0 ? -total : total;
+    return absolute <= T(1e-6) * magnitude ? T(0) : sum / total;
   }
   return sum;
 }
@@ -53,6 +53,15 @@ FASTCAM_INLINE A finished(A sum, A total, A magnitude, int64_t positions) {
 template <typename S, bool REF, Mode MODE>
 struct ChannelSums {
   using A = Accumulate<S>;
+
+  // The first n lanes, zeros after them.
+  template <int N>
+  static FASTCAM_INLINE Vector<A, N> first_lanes(Vector<A, N> v, int64_t n) {
+    using I = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+    Vector<I, N> lane;
+    for (int i = 0; i < N; ++i) lane[i] = i;
+    return lane < static_cast<I>(n) ? v : Vector<A, N>{};
+  }
 
   // Loads along a row; the last, partial vector has zeros beyond the end.
   template <int N>
@@ -62,10 +71,7 @@ struct ChannelSums {
 
     FASTCAM_INLINE Vector<A, N> full(int64_t at) const { return load<N>(p + at); }
     FASTCAM_INLINE Vector<A, N> first(int64_t at, int64_t n) const {
-      if (!safe) return load_first<N>(p + at, n);
-      std::conditional_t<sizeof(A) == 8, Vector<int64_t, N>, Vector<int32_t, N>> lane;
-      for (int i = 0; i < N; ++i) lane[i] = i;
-      return lane < static_cast<std::conditional_t<sizeof(A) == 8, int64_t, int32_t>>(n) ? load<N>(p + at) : Vector<A, N>{};
+      return safe ? first_lanes<N>(load<N>(p + at), n) : load_first<N>(p + at, n);
     }
     FASTCAM_INLINE Vector<A, N> get(int64_t at, int64_t n) const { return n < N ? first(at, n) : full(at); }
   };
@@ -73,43 +79,58 @@ struct ChannelSums {
   template <int BYTES>
   static FASTCAM_INLINE void body(const ChannelArgs<S>& a) {
     constexpr int N = kLanes<BYTES, S>;
+    a.positions <= kChain * N ? channels<N, A>(a) : channels<N, double>(a);
+  }
+
+  // Sums are of T: rows of one chain need no doubles.
+  template <int N, typename T>
+  static FASTCAM_INLINE void channels(const ChannelArgs<S>& a) {
     using V = Vector<A, N>;
     using F = Formula<MODE, V, A>;
     const int64_t overrun = (N - a.positions % N) % N;
     const int64_t f_safe = safe_rows(a.channels, a.feature_row, overrun);
     const int64_t r_safe = REF ? safe_rows(a.channels, a.reference_row, overrun) : 0;
     const int64_t g_safe = safe_rows(a.channels, a.multiplier_row, overrun);
+    constexpr bool kOneChain = std::is_same_v<T, A>;
+    const int64_t positions = a.positions, chain = kOneChain ? positions : kChain * N;
     for (int64_t k = a.k0; k < a.k1; ++k) {
       const Row<N> f = {a.features + k * a.feature_row, k < f_safe};
       const Row<N> r = {REF ? a.reference + k * a.reference_row : nullptr, k < r_safe};
-      V totals = {}, magnitudes = {};
-      A total = 0, magnitude = 0;
+      T total = 0, magnitude = 0;
       if constexpr (F::kTotalsFirst) {
-        for (int64_t p = 0; p < a.positions; p += N) totals += difference_at<N>(f, r, p, a.positions - p);
-        total = horizontal_sum<N>(totals);
+        for (int64_t start = 0; start < positions; start += chain) {
+          const int64_t end = kOneChain ? positions : smaller(positions, start + chain);
+          V totals = {};
+          for (int64_t p = start; p < end; p += N) totals += difference_at<N>(f, r, p, positions - p);
+          total += horizontal_sum<N>(totals);
+        }
       }
       for (int64_t t = 0; t < a.targets; ++t) {
         const Row<N> g = {a.multipliers + t * a.multiplier_target + k * a.multiplier_row, k < g_safe};
-        V sums = {};
-        for (int64_t p = 0; p < a.positions; p += N) {
-          const int64_t n = a.positions - p;
-          V d = {};
-          if constexpr (F::kReadsProduct) d = difference_at<N>(f, r, p, n);
-          if constexpr (F::kNeedsTotals && !F::kTotalsFirst) {
-            if (t == 0) {
+        const V shift = splat<N>(static_cast<A>(total));
+        T sum = 0;
+        for (int64_t start = 0; start < positions; start += chain) {
+          const int64_t end = kOneChain ? positions : smaller(positions, start + chain);
+          V sums = {}, totals = {}, magnitudes = {};
+          for (int64_t p = start; p < end; p += N) {
+            const int64_t n = positions - p;
+            V d = {};
+            if constexpr (F::kReadsProduct) d = difference_at<N>(f, r, p, n);
+            if constexpr (F::kNeedsTotals && !F::kTotalsFirst) {
               totals += d;
               magnitudes += F::magnitude(d);
             }
+            V term = F::term(g.get(p, n), d, shift);
+            // An infinite total would make NaN of positions that do not exist.
+            if (F::kTotalsFirst && n < N) term = first_lanes<N>(term, n);
+            sums += term;
           }
-          sums += F::term(g.get(p, n), d, splat<N>(total));
-        }
-        if constexpr (F::kNeedsTotals && !F::kTotalsFirst) {
-          if (t == 0) {
-            total = horizontal_sum<N>(totals);
-            magnitude = horizontal_sum<N>(magnitudes);
+          sum += horizontal_sum<N>(sums);
+          if constexpr (F::kNeedsTotals && !F::kTotalsFirst) {
+            if (t == 0) total += horizontal_sum<N>(totals), magnitude += horizontal_sum<N>(magnitudes);
           }
         }
-        a.out[t * a.channels + k] = finished<MODE>(horizontal_sum<N>(sums), total, magnitude, a.positions);
+        a.out[t * a.channels + k] = static_cast<A>(finished<MODE>(sum, total, magnitude, positions));
       }
     }
   }
@@ -127,6 +148,29 @@ template <typename S, bool REF, Mode MODE>
 struct PositionSums {
   using A = Accumulate<S>;
 
+  static constexpr int kRows = 2;
+
+  // Of a chain of rows, and of all.
+  struct Sum {
+    alignas(64) A chain[kChannelBlock];
+    alignas(64) double all[kChannelBlock];
+
+    FASTCAM_INLINE void clear(int64_t length) {
+      for (int64_t i = 0; i < length; ++i) chain[i] = 0, all[i] = 0;
+    }
+    template <int N>
+    FASTCAM_INLINE void add(int64_t i, Vector<A, N> v) {
+      store<N>(chain + i, load<N>(chain + i) + v);
+    }
+    FASTCAM_INLINE void end_chain(int64_t length) {
+      for (int64_t i = 0; i < length; ++i) all[i] += chain[i], chain[i] = 0;
+    }
+  };
+  struct Sums {
+    Sum terms, totals, magnitudes;
+    alignas(64) A shift[kChannelBlock];  // the totals, where terms depend on them
+  };
+
   template <int BYTES>
   static FASTCAM_INLINE void body(const ChannelArgs<S>& a) {
     for (int64_t k = a.k0; k < a.k1; k += kChannelBlock) block<kLanes<BYTES, S>>(a, k, smaller(kChannelBlock, a.k1 - k));
@@ -137,50 +181,80 @@ struct PositionSums {
     return n >= N ? load<N>(p) : load_first<N>(p, n);
   }
 
-  template <int N>
-  static FASTCAM_INLINE Vector<A, N> difference_at(const S* f, const S* r, int64_t k, int64_t n) {
-    if constexpr (REF) return get<N>(f + k, n) - get<N>(r + k, n);
-    return get<N>(f + k, n);
+  // ROWS positions, `apart` from each other: terms of target t, the features' totals.
+  template <int N, int ROWS, bool TERMS, bool TOTALS>
+  static FASTCAM_INLINE void add_rows(const ChannelArgs<S>& a, int64_t t, int64_t p, int64_t apart, int64_t k, int64_t length,
+                                      Sums& sums) {
+    using V = Vector<A, N>;
+    using F = Formula<MODE, V, A>;
+    for (int64_t i = 0; i < length; i += N) {
+      const int64_t n = length - i;
+      V terms = {}, totals = {}, magnitudes = {}, shift = {};
+      if constexpr (TERMS && F::kTotalsFirst) shift = load<N>(sums.shift + i);
+#pragma GCC unroll 4
+      for (int j = 0; j < ROWS; ++j) {
+        const int64_t row = p + j * apart;
+        V d = {};
+        if constexpr (TOTALS || F::kReadsProduct) d = get<N>(a.features + row * a.feature_row + k + i, n);
+        if constexpr (REF && (TOTALS || F::kReadsProduct)) d -= get<N>(a.reference + row * a.reference_row + k + i, n);
+        if constexpr (TOTALS) totals += d, magnitudes += F::magnitude(d);
+        if constexpr (TERMS) {
+          terms += F::term(get<N>(a.multipliers + t * a.multiplier_target + row * a.multiplier_row + k + i, n), d, shift);
+        }
+      }
+      if constexpr (TERMS) sums.terms.template add<N>(i, terms);
+      if constexpr (TOTALS) sums.totals.template add<N>(i, totals);
+      if constexpr (TOTALS && MODE == Mode::kXGrad) sums.magnitudes.template add<N>(i, magnitudes);
+    }
   }
 
-  template <int N>
-  static FASTCAM_INLINE void add(A* sums, Vector<A, N> value) {
-    store<N>(sums, load<N>(sums) + value);
+  // Positions are taken kRows at a time from as many runs of neighbours: memory fetches several streams faster than one.
+  template <int N, bool TERMS, bool TOTALS>
+  static FASTCAM_INLINE void add_all(const ChannelArgs<S>& a, int64_t t, int64_t k, int64_t length, Sums& sums) {
+    const int64_t run = a.positions / kRows;
+    for (int64_t p = kRows * run; p < a.positions; ++p) add_rows<N, 1, TERMS, TOTALS>(a, t, p, 0, k, length, sums);
+    for (int64_t start = 0; start < run; start += kChain) {
+      for (int64_t p = start; p < smaller(run, start + kChain); ++p) {
+        add_rows<N, kRows, TERMS, TOTALS>(a, t, p, run, k, length, sums);
+      }
+      end_chains<TERMS, TOTALS>(length, sums);
+    }
+    if (run == 0) end_chains<TERMS, TOTALS>(length, sums);
+  }
+
+  template <bool TERMS, bool TOTALS>
+  static FASTCAM_INLINE void end_chains(int64_t length, Sums& sums) {
+    if constexpr (TERMS) sums.terms.end_chain(length);
+    if constexpr (TOTALS) sums.totals.end_chain(length);
+    if constexpr (TOTALS && MODE == Mode::kXGrad) sums.magnitudes.end_chain(length);
   }
 
   // Channels [k, k + length) of all positions and targets.
   template <int N>
   static FASTCAM_INLINE void block(const ChannelArgs<S>& a, int64_t k, int64_t length) {
-    using V = Vector<A, N>;
-    using F = Formula<MODE, V, A>;
-    alignas(64) A totals[kChannelBlock] = {}, magnitudes[kChannelBlock] = {}, sums[kChannelBlock];
+    using F = Formula<MODE, Vector<A, N>, A>;
+    const int64_t whole = (length + N - 1) / N * N;
+    Sums sums;
+    if constexpr (F::kNeedsTotals) sums.totals.clear(whole), sums.magnitudes.clear(whole);
     if constexpr (F::kTotalsFirst) {
-      for (int64_t p = 0; p < a.positions; ++p) {
-        const S* f = a.features + p * a.feature_row + k;
-        const S* r = REF ? a.reference + p * a.reference_row + k : nullptr;
-        for (int64_t i = 0; i < length; i += N) add<N>(totals + i, difference_at<N>(f, r, i, length - i));
-      }
+      add_all<N, false, true>(a, 0, k, length, sums);
+      for (int64_t i = 0; i < whole; ++i) sums.shift[i] = static_cast<A>(sums.totals.all[i]);
     }
     for (int64_t t = 0; t < a.targets; ++t) {
-      std::memset(sums, 0, sizeof(sums));
-      for (int64_t p = 0; p < a.positions; ++p) {
-        const S* f = a.features + p * a.feature_row + k;
-        const S* r = REF ? a.reference + p * a.reference_row + k : nullptr;
-        const S* g = a.multipliers + t * a.multiplier_target + p * a.multiplier_row + k;
-        for (int64_t i = 0; i < length; i += N) {
-          V d = {};
-          if constexpr (F::kReadsProduct) d = difference_at<N>(f, r, i, length - i);
-          if constexpr (F::kNeedsTotals && !F::kTotalsFirst) {
-            if (t == 0) {
-              add<N>(totals + i, d);
-              add<N>(magnitudes + i, F::magnitude(d));
-            }
-          }
-          add<N>(sums + i, F::term(get<N>(g + i, length - i), d, load<N>(totals + i)));
-        }
+      sums.terms.clear(whole);
+      if (F::kNeedsTotals && !F::kTotalsFirst && t == 0) {
+        add_all<N, true, true>(a, t, k, length, sums);
+      } else {
+        add_all<N, true, false>(a, t, k, length, sums);
       }
       A* out = a.out + t * a.channels + k;
-      for (int64_t i = 0; i < length; ++i) out[i] = finished<MODE, A>(sums[i], totals[i], magnitudes[i], a.positions);
+      for (int64_t i = 0; i < length; ++i) {
+        if constexpr (F::kNeedsTotals) {
+          out[i] = static_cast<A>(finished<MODE>(sums.terms.all[i], sums.totals.all[i], sums.magnitudes.all[i], a.positions));
+        } else {
+          out[i] = static_cast<A>(finished<MODE>(sums.terms.all[i], 0.0, 0.0, a.positions));
+        }
+      }
     }
   }
 };

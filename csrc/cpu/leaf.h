@@ -13,6 +13,7 @@
 #include <cstring>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 
 #define FASTCAM_INLINE inline __attribute__((always_inline))
 
@@ -113,19 +114,14 @@ FASTCAM_INLINE Vector<T, N> splat(T value) {
   return Vector<T, N>{} + value;
 }
 
-// Values of a half type, 16 bits each in 32, as floats.
-template <typename S, int N>
-FASTCAM_INLINE Vector<float, N> widen(Vector<uint32_t, N> bits) {
-  if constexpr (std::is_same_v<S, BFloat16>) {
-    return reinterpret_cast<Vector<float, N>>(bits << 16);
-  } else {
-    // Exponent and mantissa move into place and 2^112 rebiases the exponent, exactly for subnormals too; infinities
-    // and NaNs get the full exponent. Plain integer code, so that no instruction set needs its own.
-    const auto magnitude = (bits & 0x7fffu) << 13;
-    const auto rebiased = reinterpret_cast<Vector<uint32_t, N>>(reinterpret_cast<Vector<float, N>>(magnitude) * 0x1p112f);
-    const auto special = reinterpret_cast<Vector<uint32_t, N>>(magnitude >= 0x0f800000u) & 0x7f800000u;
-    return reinterpret_cast<Vector<float, N>>(rebiased | special | ((bits & 0x8000u) << 16));
-  }
+// Values of float16, 16 bits each in 32, as floats. Exponent and mantissa move into place and 2^112 rebiases the exponent, exactly
+// for subnormals too; infinities and NaNs get the full exponent. Plain integer code, so that no instruction set needs its own.
+template <int N>
+FASTCAM_INLINE Vector<float, N> widen_half(Vector<uint32_t, N> bits) {
+  const auto magnitude = (bits & 0x7fffu) << 13;
+  const auto rebiased = reinterpret_cast<Vector<uint32_t, N>>(reinterpret_cast<Vector<float, N>>(magnitude) * 0x1p112f);
+  const auto special = reinterpret_cast<Vector<uint32_t, N>>(magnitude >= 0x0f800000u) & 0x7f800000u;
+  return reinterpret_cast<Vector<float, N>>(rebiased | special | ((bits & 0x8000u) << 16));
 }
 
 // Floats as bfloat16 stores them, in the upper 16 bits of each 32; the lower ones mean nothing.
@@ -155,13 +151,28 @@ FASTCAM_INLINE Vector<uint32_t, N> round_to(Vector<float, N> v) {
   }
 }
 
+// N values of 16 bits in the lower or upper halves of 32, zeros in the other halves: a shuffle is one instruction or two where
+// GCC 12 converts a vector in four.
+template <int N, bool UPPER, int... J>
+FASTCAM_INLINE Vector<uint32_t, N> spread(Vector<uint16_t, N> v, std::integer_sequence<int, J...>) {
+  if constexpr (N < 8) {
+    return __builtin_convertvector(v, Vector<uint32_t, N>) << (UPPER ? 16 : 0);
+  } else {
+    return reinterpret_cast<Vector<uint32_t, N>>(
+        __builtin_shufflevector(v, Vector<uint16_t, N>{}, (J % 2 == UPPER ? J / 2 : N)...));
+  }
+}
+
 // N values from p in the accumulation type.
 template <int N, typename S>
 FASTCAM_INLINE Vector<Accumulate<S>, N> load(const S* p) {
   if constexpr (std::is_same_v<S, float> || std::is_same_v<S, double>) {
     return load_raw<S, N>(p);
   } else {
-    return widen<S, N>(__builtin_convertvector(load_raw<uint16_t, N>(p), Vector<uint32_t, N>));
+    constexpr bool upper = std::is_same_v<S, BFloat16>;
+    const auto bits = spread<N, upper>(load_raw<uint16_t, N>(p), std::make_integer_sequence<int, 2 * N>{});
+    if constexpr (upper) return reinterpret_cast<Vector<float, N>>(bits);
+    else return widen_half<N>(bits);
   }
 }
 
@@ -183,7 +194,7 @@ FASTCAM_INLINE void load_pairs(const S* p, Vector<float, N>& even, Vector<float,
     even = reinterpret_cast<Vector<float, N>>(both << 16);
     odd = reinterpret_cast<Vector<float, N>>(both & 0xffff0000u);
   } else {
-    even = widen<S, N>(both & 0xffffu), odd = widen<S, N>(both >> 16);
+    even = widen_half<N>(both & 0xffffu), odd = widen_half<N>(both >> 16);
   }
 }
 
@@ -219,17 +230,51 @@ FASTCAM_INLINE void store_first(S* p, Vector<Accumulate<S>, N> v, int64_t n) {
   std::memcpy(p, &raw, n * sizeof(S));
 }
 
+// The lower or upper half of N lanes.
+template <int N, bool UPPER, typename V>
+FASTCAM_INLINE auto half_of(V v) {
+  if constexpr (N == 16) {
+    if constexpr (UPPER) return __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7);
+  } else if constexpr (N == 8) {
+    if constexpr (UPPER) return __builtin_shufflevector(v, v, 4, 5, 6, 7);
+    return __builtin_shufflevector(v, v, 0, 1, 2, 3);
+  } else {
+    static_assert(N == 4);
+    if constexpr (UPPER) return __builtin_shufflevector(v, v, 2, 3);
+    return __builtin_shufflevector(v, v, 0, 1);
+  }
+}
+
 template <int N, typename V>
 FASTCAM_INLINE auto horizontal_sum(V v) {
-  if constexpr (N == 16) {
-    return horizontal_sum<8>(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
-                             __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
-  } else if constexpr (N == 8) {
-    return horizontal_sum<4>(__builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7));
-  } else if constexpr (N == 4) {
-    return horizontal_sum<2>(__builtin_shufflevector(v, v, 0, 1) + __builtin_shufflevector(v, v, 2, 3));
-  } else {
+  if constexpr (N == 2) {
     return v[0] + v[1];
+  } else if constexpr (N == 4) {  // without vectors of two floats, which go through memory
+    const V pairs = v + __builtin_shufflevector(v, v, 2, 3, 0, 1);
+    return pairs[0] + pairs[1];
+  } else {
+    return horizontal_sum<N / 2>(half_of<N, false>(v) + half_of<N, true>(v));
+  }
+}
+
+constexpr int64_t kChain = 16;  // additions of floats in a row that keep all their digits but one
+
+// What a short chain of additions comes to, for sums in double: a long chain of floats loses a digit or two, most of all one
+// of nearly equal terms, which round the same way at every addition.
+template <int N, typename V>
+FASTCAM_INLINE Vector<double, N> to_double(V v) {
+  return __builtin_convertvector(v, Vector<double, N>);
+}
+
+template <int N, typename V>
+FASTCAM_INLINE void add_wide(double* sums, V v) {
+  if constexpr (std::is_same_v<V, Vector<double, N>>) {
+    store_raw<double, N>(sums, load_raw<double, N>(sums) + v);
+  } else {  // by halves, which fit registers
+    const auto wide = to_double<N>(v);
+    store_raw<double, N / 2>(sums, load_raw<double, N / 2>(sums) + half_of<N, false>(wide));
+    store_raw<double, N / 2>(sums + N / 2, load_raw<double, N / 2>(sums + N / 2) + half_of<N, true>(wide));
   }
 }
 

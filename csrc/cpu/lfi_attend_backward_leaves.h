@@ -83,18 +83,23 @@ struct LfiAttendBackwardChannels {
     for (int64_t k = 0; k < a.channels; ++k) {
       const LfiRow<S, N> row = {a.features + k * a.feature_row, a.positions}, grad = {a.grad + k * a.grad_row, a.positions};
       S* out = a.out + k * a.out_row;
-      V sum = {};
-      for (int64_t p = 0; p < a.positions; p += N) {
-        const V d = map.at(p);
-        sum += row.once(p, d * row.at(p));
-        row.put(out, p, (A(1) + attention.at(p)) * grad.at(p) + a.importance[k] * d);
+      double total = 0;
+      for (int64_t p = 0; p < a.positions;) {
+        const int64_t end = smaller(a.positions, p + kChain * N);
+        V sum = {};
+        for (; p < end; p += N) {
+          const V d = map.at(p);
+          sum += row.once(p, d * row.at(p));
+          row.put(out, p, (A(1) + attention.at(p)) * grad.at(p) + a.importance[k] * d);
+        }
+        total += horizontal_sum<N>(sum);
       }
-      a.grad_importance[k] = horizontal_sum<N>(sum);
+      a.grad_importance[k] = static_cast<A>(total);
     }
   }
 };
 
-constexpr int64_t kLfiSums = 2048;  // channels whose sums stay in L1 while rows stream past
+constexpr int64_t kLfiSums = 1024;  // channels whose sums stay in L1 while rows stream past
 
 // channels_last: rows are positions.
 template <typename S>
@@ -108,19 +113,31 @@ struct LfiAttendBackwardPositions {
 
   template <int N>
   static FASTCAM_INLINE void block(const LfiAttendBackwardArgs<S>& a, int64_t k, int64_t length) {
-    alignas(64) A sums[kLfiSums] = {};
-    for (int64_t p = 0; p < a.positions; ++p) {
-      const S* features = a.features + p * a.feature_row + k;
-      const S* grad = a.grad + p * a.grad_row + k;
-      S* out = a.out + p * a.out_row + k;
-      const A d = a.map_gradient[p], gain = A(1) + a.attention[p];
-      for (int64_t i = 0; i < length; i += N) {
-        const int64_t n = length - i;
-        store<N>(sums + i, load<N>(sums + i) + d * load_most<N>(features + i, n));
-        store_first<N>(out + i, gain * load_most<N>(grad + i, n) + d * load_most<N>(a.importance + k + i, n), n);
+    alignas(64) double sums[kLfiSums] = {};
+    int64_t p = 0;
+    for (; p + 4 <= a.positions; p += 4) add_rows<N, 4>(a, p, k, length, sums);
+    for (; p < a.positions; ++p) add_rows<N, 1>(a, p, k, length, sums);
+    for (int64_t i = 0; i < length; ++i) a.grad_importance[k + i] = static_cast<A>(sums[i]);
+  }
+
+  // Positions [p, p + ROWS), added up in registers before memory sees the sum.
+  template <int N, int ROWS>
+  static FASTCAM_INLINE void add_rows(const LfiAttendBackwardArgs<S>& a, int64_t p, int64_t k, int64_t length,
+                                      double* sums) {
+    for (int64_t i = 0; i < length; i += N) {
+      const int64_t n = length - i;
+      const auto importance = load_most<N>(a.importance + k + i, n);
+      Vector<A, N> chain = {};
+#pragma GCC unroll 4
+      for (int j = 0; j < ROWS; ++j) {
+        const int64_t row = p + j;
+        const A d = a.map_gradient[row], gain = A(1) + a.attention[row];
+        chain += d * load_most<N>(a.features + row * a.feature_row + k + i, n);
+        const auto grad = load_most<N>(a.grad + row * a.grad_row + k + i, n);
+        store_first<N>(a.out + row * a.out_row + k + i, gain * grad + d * importance, n);
       }
+      add_wide<N>(sums + i, chain);
     }
-    std::memcpy(a.grad_importance + k, sums, length * sizeof(A));
   }
 };
 

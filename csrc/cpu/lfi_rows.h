@@ -43,17 +43,8 @@ FASTCAM_INLINE auto horizontal_extreme(V v) {
   if constexpr (N == 2) {
     return (HIGH ? v[0] > v[1] : v[0] < v[1]) ? v[0] : v[1];
   } else {
-    constexpr int H = N / 2;
-    using A = std::remove_reference_t<decltype(v[0])>;
-    Vector<A, H> a, b;
-    if constexpr (N == 16) {
-      a = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7), b = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    } else if constexpr (N == 8) {
-      a = __builtin_shufflevector(v, v, 0, 1, 2, 3), b = __builtin_shufflevector(v, v, 4, 5, 6, 7);
-    } else {
-      a = __builtin_shufflevector(v, v, 0, 1), b = __builtin_shufflevector(v, v, 2, 3);
-    }
-    return horizontal_extreme<H, HIGH>(HIGH ? (a > b ? a : b) : (a < b ? a : b));
+    const auto a = half_of<N, false>(v), b = half_of<N, true>(v);
+    return horizontal_extreme<N / 2, HIGH>(HIGH ? (a > b ? a : b) : (a < b ? a : b));
   }
 }
 

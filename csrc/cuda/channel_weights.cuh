@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(kWeightThreads) finish_chunks(const A* partial
                                                                 int64_t positions, Mode mode) {
   const int64_t row = int64_t(blockIdx.x) * kWeightThreads + threadIdx.x;
   if (row >= rows) return;
-  Sums<A> sums;
+  Sums<double> sums;  // nearly equal floats would round the same way at every addition
 #pragma unroll 4
   for (int part = 0; part < chunks; ++part) {
     sums.main += partials[part * rows + row];
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(kWeightThreads) finish_chunks(const A* partial
     sums.shift += partials[(chunks + part) * rows + row];
     sums.magnitude += partials[(2 * chunks + part) * rows + row];
   }
-  out[row] = coefficient(sums, mode, positions);
+  out[row] = A(coefficient(sums, mode, positions));
 }
 
 // ---- host ----

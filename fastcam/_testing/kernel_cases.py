@@ -26,7 +26,8 @@ __all__ = [
     "check_overlay", "check_perturb_by_rank", "check_relevance_add", "check_relevance_budgets",
     "check_relevance_combine", "check_relevance_divide", "check_relevance_equilibrium", "check_relevance_split",
     "check_rescale_multipliers", "check_similarity_weights", "features_like", "lfi_arguments", "lfi_attend_oracle",
-    "lfi_mask_oracle", "mask_by_features_oracle", "overlay_arguments", "perturb_arguments", "perturb_by_rank_oracle",
+    "lfi_many_channels", "lfi_mask_oracle", "mask_by_features_oracle", "overlay_arguments",
+    "perturb_arguments", "perturb_by_rank_oracle",
     "relevance_arguments", "relevance_combine_oracle", "relevance_equilibrium_oracle", "relevance_split_oracle",
     "rescale_multipliers_oracle", "similarity_weights_oracle",
 ]  # fmt: skip
@@ -140,24 +141,23 @@ def channel_weights_oracle(
     if g.dim() == 5:
         a = a[:, None].expand_as(g)
     positions = g.shape[-1] * g.shape[-2]
-    chain = min(32, max(8, positions / 8))  # of equal terms, which round the same way at each addition
     products, shift, size = (g * a).sum((-2, -1)), a.sum((-2, -1)), a.abs().sum((-2, -1))
     if mode == "mean":
-        return g.sum((-2, -1)) / positions, chain * g.abs().sum((-2, -1)) / positions
+        return g.sum((-2, -1)) / positions, 8 * g.abs().sum((-2, -1)) / positions
     if mode == "sum":
-        return products, chain * (g * a).abs().sum((-2, -1))
+        return products, 8 * (g * a).abs().sum((-2, -1))
     if mode == "xgrad":
         guard = shift.abs() <= 1e-6 * size
         safe = torch.where(guard, 1.0, shift)
         value = torch.where(guard, 0.0, products / safe)
-        return value, chain * ((g * a).abs().sum((-2, -1)) + value.abs() * size) / safe.abs()
+        return value, 8 * ((g * a).abs().sum((-2, -1)) + value.abs() * size) / safe.abs()
     denominator = 2 + shift[..., None, None] * g
     guard = denominator.abs() < 1e-6
     alpha = torch.where(guard, 0.0, 1 / torch.where(guard, 1.0, denominator))
     terms = alpha * torch.where(g <= 0, 0.0, g)
     # d alpha = alpha^2 G dS, and the rounding of 2 + S G counts against a small denominator.
     wobble = (alpha**2 * g.clamp(min=0) * (g.abs() * size[..., None, None] + 2 + (denominator - 2).abs())).abs()
-    return terms.sum((-2, -1)), chain * (terms.abs() + wobble).sum((-2, -1))
+    return terms.sum((-2, -1)), 8 * (terms.abs() + wobble).sum((-2, -1))
 
 
 def check_channel_weights(got: Tensor, *arguments: Any) -> None:
@@ -592,6 +592,15 @@ def lfi_arguments(
         "lfi_attend_backward": (grad, grad_attention, grad_raw, features, importance, attention, raw),
     }
     return tuple(x.to(device) for x in tensors[op])
+
+
+def lfi_many_channels(channels: int, height: int, width: int, layout: str = "contiguous") -> tuple[Tensor, Tensor]:
+    """(features, importance) in float32 as after a ReLU and a softmax.
+
+    The map's range is a tenth of its values: what their sums over the channels are off counts ten times.
+    """
+    features = LAYOUTS[layout](features_like((2, channels, height, width), torch.float32, 21).relu())
+    return features, features_like((2, channels), torch.float32, 22).softmax(1)
 
 
 def _scaled(p: Tensor, constant_map: str) -> Tensor:

@@ -29,6 +29,8 @@ from fastcam._testing.kernel_cases import (
     check_similarity_weights,
     features_like,
     lfi_arguments,
+    lfi_attend_oracle,
+    lfi_many_channels,
     overlay_arguments,
     perturb_arguments,
     relevance_arguments,
@@ -672,6 +674,14 @@ def test_lfi(kernels, op, shape, layout, dtype):
     if op == "lfi_attend_backward":  # importances as the kernels return their gradients
         arguments[4] = arguments[4].to(arguments[5].dtype)
     LFI_CHECKS[op](lfi(kernels, op, *arguments), *arguments)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("channels", "side"), [(512, 14), (2048, 7)])
+def test_lfi_many_channels_cost_no_digits(kernels, channels, side, layout):
+    features, importance = lfi_many_channels(channels, side, side, layout)
+    attention = lfi(kernels, "lfi_attend", features, importance, "raw")[1]
+    torch.testing.assert_close(attention.double(), lfi_attend_oracle(features, importance)[1], rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("constant_map", ["raw", "zeros"])

@@ -36,7 +36,7 @@ class Plain(nn.Module):
         n = torch.where(f == 0, 0, n)
         z = model.fin.layers(n if model.fin.input == "features" else n * g).mean((2, 3))
         s = torch.softmax(z, 1)
-        p = torch.einsum("bk,bkhw->bhw", s, f).relu().unsqueeze(1)
+        p = (s[:, :, None, None] * f).sum(1, keepdim=True).relu()
         low, high = p.amin((2, 3), keepdim=True), p.amax((2, 3), keepdim=True)
         varied = high > low
         constant = p if model.constant_map == "raw" else torch.zeros_like(p)
@@ -95,6 +95,22 @@ def test_equals_plain_pytorch_with_all_gradients(options, dtype, tolerance):
         torch.testing.assert_close(
             ours[name], gradient, rtol=0, atol=tolerance * scale, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize("channels", [512, 2048])
+def test_equals_plain_pytorch_with_many_channels(channels):
+    """In float32; the map's range is a small part of its sums over the channels."""
+    torch.manual_seed(2)
+    backbone = nn.Sequential(nn.Conv2d(3, channels, 3, 2, 1), nn.ReLU())
+    model = LFICAM(backbone, 4, fin_kernel=1, fin_squeeze=16)
+    images = pictures(2, torch.float32)
+    found, ours = gradients(model, model, images)
+    expected, theirs = gradients(model, Plain(model), images)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    for name, gradient in theirs.items():
+        limit = 1e-6 * max(1.0, float(gradient.abs().max()))
+        torch.testing.assert_close(ours[name], gradient, rtol=0, atol=limit, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_gradcheck():

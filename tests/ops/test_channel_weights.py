@@ -8,6 +8,7 @@ import torch
 from torch.autograd import gradcheck
 
 from fastcam import ops
+from fastcam._testing.kernel_cases import check_channel_weights
 from fastcam._testing.ops import DTYPES, LAYOUTS, make, to_float64
 
 MODES = ("mean", "sum", "xgrad", "grad_cam_pp")
@@ -117,6 +118,29 @@ def test_grad_cam_pp_guard_zeroes_the_pole(backend):
     features, g = torch.full((1, 1, 1, 2), -1.0), torch.tensor([1.0, 3.0]).view(1, 1, 1, 2)
     # S = -2: 2 + S g is 0 at g = 1 and -4 at g = 3
     assert ops.channel_weights(features, g, mode="grad_cam_pp").item() == pytest.approx(-0.75)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("side", [7, 56, 150])
+@pytest.mark.parametrize("mode", MODES)
+def test_nearly_equal_terms_lose_no_digits(backend, mode, side, layout):
+    """They round the same way at every addition, so that a long chain of floats loses one digit or two."""
+    features = 0.7 + 1e-4 * make((2, 33, side, side), torch.float32, 21, layout)
+    multipliers = 1.1 + 1e-4 * make((2, 33, side, side), torch.float32, 22, layout)
+    got = ops.channel_weights(features, multipliers, mode=mode)
+    check_channel_weights(got, features, multipliers, None, mode)
+    if mode in ("mean", "sum"):
+        expected, _ = oracle(features, multipliers, None, mode)
+        np.testing.assert_allclose(to_float64(got), expected[:, 0], rtol=4 * torch.finfo(torch.float32).eps)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_an_infinite_sum_makes_grad_cam_pp_terms_zero(backend, layout):
+    features, g = make((1, 5, 7, 7), torch.float32, 23, layout), make((1, 5, 7, 7), torch.float32, 24, layout).exp()
+    features[0, 2, 3, 4] = torch.inf
+    got = ops.channel_weights(features, g, mode="grad_cam_pp")
+    assert got.isfinite().all()
+    assert (got == 0).nonzero().tolist() == [[0, 2]]
 
 
 @pytest.mark.parametrize("mode", MODES)

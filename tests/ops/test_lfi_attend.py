@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from fastcam import ops
+from fastcam._testing.kernel_cases import lfi_many_channels
 from fastcam._testing.ops import DTYPES, LAYOUTS, make, to_float64
 from fastcam._testing.relevance import assert_fresh, assert_repeatable
 
@@ -136,6 +137,24 @@ def test_gradients_are_those_of_autograd(backend, uses, shape, layout, constant_
         grads.append([x.grad for x in inputs])
     for ours, expected in zip(*grads, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("k", "h", "w"), [(512, 14, 14), (2048, 7, 7)])
+def test_many_channels_cost_no_digits(backend, k, h, w, layout):
+    """In float32, as close as 1e-6 to the formula in float64 and to plain PyTorch, gradients included."""
+    features, importance = lfi_many_channels(k, h, w, layout)
+    weights = make(features.shape, torch.float32, 23), make((2, 1, h, w), torch.float32, 24)
+    found = []
+    for call, dtype in ((ops.lfi_attend, torch.float32), (plain, torch.float32), (plain, torch.float64)):
+        inputs = [x.to(dtype, copy=True).requires_grad_() for x in (features, importance)]
+        outputs = call(*inputs)
+        loss = sum((x * y.to(dtype)).sum() for x, y in zip(outputs, weights, strict=True))
+        found.append((*outputs, *torch.autograd.grad(loss, inputs)))
+    for ours, theirs, exact in zip(*found, strict=True):
+        limit = 1e-6 * max(1.0, exact.detach().abs().max().item())
+        torch.testing.assert_close(ours.double(), exact, rtol=0, atol=limit)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=limit)  # each rounds its sums
 
 
 @pytest.mark.parametrize("constant_map", MAPS)

@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from fastcam._testing.kernel_cases import LAYOUTS, check_lfi_attend, lfi_arguments
+from fastcam._testing.kernel_cases import LAYOUTS, check_lfi_attend, lfi_arguments, lfi_attend_oracle, lfi_many_channels
 
 kernel = importlib.import_module("fastcam.kernels.lfi_attend")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -26,6 +26,14 @@ def test_layouts_and_dtypes(wide, layout, dtype):
 @pytest.mark.parametrize("shape", [(2, 1, 4, 4), (1, 70, 1, 1), (2, 3, 17, 16), (1, 5, 40, 31), (1, 2, 1, 1)], ids=str)
 def test_shapes(shape, layout):
     check(*lfi_arguments("lfi_attend", shape, torch.float32, layout))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("channels", "side"), [(512, 14), (2048, 7)])
+def test_many_channels_cost_no_digits(channels, side, layout):
+    features, importance = lfi_many_channels(channels, side, side, layout)
+    attention, want = kernel.launch(features, importance)[1], lfi_attend_oracle(features, importance)[1]
+    torch.testing.assert_close(attention.double(), want, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(3, 5, 4, 6), (3, 3, 40, 33)], ids=str)
