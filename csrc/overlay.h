@@ -40,8 +40,8 @@ template <typename A>
 OverlayNumbers<A> overlay_numbers(const at::Tensor& table, double alpha, bool is_signed,
                                   const std::optional<at::ArrayRef<double>>& mean,
                                   const std::optional<at::ArrayRef<double>>& std) {
-  OverlayNumbers<A> x = {{1, 1, 1}, {0, 0, 0}, A(alpha), is_signed ? A(-1) : A(0), is_signed ? A(2) : A(1),
-                         A(table.size(0) - 1)};
+  const A lowest = is_signed ? A(-1) : A(0);
+  OverlayNumbers<A> x = {{1, 1, 1}, {0, 0, 0}, A(alpha), lowest, A(table.size(0) - 1) / (A(1) - lowest)};
   for (int c = 0; mean.has_value() && c < 3; ++c) {
     x.scale[c] = A((*std)[std->size() == 1 ? 0 : c]), x.shift[c] = A((*mean)[mean->size() == 1 ? 0 : c]);
   }

@@ -8,8 +8,8 @@ namespace fastcam {
 template <typename A>
 struct OverlayNumbers {
   A scale[3], shift[3];  // of a pixel's channels
-  A alpha, lowest, extent;  // of maps: their range begins at `lowest`
-  A last;                   // entry of the table
+  A alpha, lowest;          // of maps: their range begins at `lowest`
+  A entries;                // of the table beyond the first, for an extent of 1 of a map's range
 };
 
 // V may be a vector of `A`, here and below.
@@ -47,13 +47,14 @@ FASTCAM_HD V overlay_value(V m, A lowest) {
 
 // The table's entry for such a value, as a number.
 template <typename A, typename V>
-FASTCAM_HD V overlay_entry(V value, A lowest, A extent, A last) {
-  return rounded<A>((value - lowest) / extent * last);
+FASTCAM_HD V overlay_entry(V value, A lowest, A entries) {
+  return rounded<A>((value - lowest) * entries);
 }
 
+// In 0..255, not rounded.
 template <typename A, typename V>
 FASTCAM_HD V overlay_blend(V pixel, V colour, V opacity) {
-  return within<A>(rounded<A>(pixel + opacity * (colour - pixel)), A(0), A(255));
+  return within<A>(pixel + opacity * (colour - pixel), A(0), A(255));
 }
 
 }  // namespace fastcam

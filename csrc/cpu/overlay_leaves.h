@@ -1,8 +1,9 @@
 // Leaf of overlay: some pixels of one map and its image.
 //
-// Results lie pixel by pixel, three bytes each. What they are made of is brought into that order first, a chunk at a time in
-// buffers that stay in L1: colours and opacities by four neighbours a pixel, of which the next pixel overwrites the fourth;
-// the channels of NCHW images by shuffles. The arithmetic then runs over flat vectors.
+// The arithmetic runs channel by channel over vectors of pixels. Colours come from the table by four neighbours a pixel and
+// are turned into channels by shuffles, as pixels of images in channels_last are. A pixel's three bytes are put together in 32
+// bits, four such pixels in 96, and these lie in a buffer before they go out whole: conversions of vectors to bytes become one
+// instruction a byte.
 #pragma once
 
 #include "cpu/leaf.h"
@@ -21,88 +22,131 @@ struct OverlayArgs {
   OverlayNumbers<Accumulate<S>> numbers;
 };
 
+// N of every `STEP`-th element from the C-th on, of vectors one after the other.
+template <typename A, int N, int STEP, int C>
+struct Channel {
+  using V = Vector<A, N>;
+  using I = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  using Lanes = std::make_integer_sequence<int, N>;
+
+  static constexpr I from(int pixel) { return STEP * pixel + C; }
+
+  // What of the first two vectors belongs here, then what of the third, then of the fourth.
+  template <int... J>
+  static FASTCAM_INLINE V of(const V* v, std::integer_sequence<int, J...>) {
+    const Vector<I, N> two = {(from(J) < 2 * N ? from(J) : I(J))...};
+    V found = __builtin_shuffle(v[0], v[1], two);
+    const Vector<I, N> third = {(from(J) >= 2 * N && from(J) < 3 * N ? from(J) - N : I(J))...};
+    found = __builtin_shuffle(found, v[2], third);
+    if constexpr (STEP == 3) return found;
+    const Vector<I, N> fourth = {(from(J) >= 3 * N ? from(J) - 2 * N : I(J))...};
+    return __builtin_shuffle(found, v[3], fourth);
+  }
+  static FASTCAM_INLINE V of(const V* v) { return of(v, Lanes{}); }
+};
+
+// Three bytes of each of N pixels, in the low bits of 32, one after the other: 3 N / 4 words, then what means nothing.
+template <int N, typename W, int... J>
+FASTCAM_INLINE W packed(W pixels, std::integer_sequence<int, J...>) {
+  using Signed = Vector<int32_t, N>;
+  const Signed left = {(J < 3 * N / 4 ? J / 3 * 4 + J % 3 : 0)...}, right = {(J < 3 * N / 4 ? J / 3 * 4 + J % 3 + 1 : 0)...};
+  const W down = {(J % 3 * 8u)...}, up = {(24u - J % 3 * 8u)...};
+  return (__builtin_shuffle(pixels, left) >> down) | (__builtin_shuffle(pixels, right) << up);
+}
+
 template <typename S, typename M>
 struct Overlay {
   using A = Accumulate<S>;
   static constexpr int kChunk = 256;  // pixels
-  using Four = Vector<A, 4>;
 
   template <int BYTES>
   static FASTCAM_INLINE void body(const OverlayArgs<S, M>& a) {
-    constexpr int N = kLanes<BYTES, S>;
-    using V = Vector<A, N>;
-    V scale[3], shift[3];
-    for (int i = 0; i < 3 * N; ++i) scale[i / N][i % N] = a.numbers.scale[i % 3], shift[i / N][i % N] = a.numbers.shift[i % 3];
-    A opacities[3 * kChunk + 4], colours[3 * kChunk + 4], values[3 * kChunk];
+    constexpr int N = kLanes<BYTES, S> < 4 ? 4 : kLanes<BYTES, S>;
+    const OverlayNumbers<A> numbers = a.numbers;  // which no store below can change
+    A opacities[kChunk], colours[4 * kChunk];
+    uint8_t bytes[3 * kChunk + 4 * N];
     for (int64_t first = 0; first < a.pixels; first += kChunk) {
       const int64_t n = smaller(kChunk, a.pixels - first);
-      paint<N>(a, a.map + first, n, opacities, colours);
+      paint<N>(a, numbers, a.map + first, n, opacities, colours);
       const S* image = a.image + (a.interleaved ? 3 * first : first);
-      if (!a.interleaved) interleave<N>(image, a.channel, n, values);
-      uint8_t* out = a.out + 3 * first;
-      for (int64_t i = 0; i < 3 * n; i += 3 * N) {
-        for (int k = 0; k < 3; ++k) {
-          const int64_t at = i + k * N, left = 3 * n - at;
-          if (left <= 0) break;
-          V x;
-          if (!a.interleaved) {
-            x = load<N>(values + at);
-          } else {
-            x = left < N ? load_first<N>(image + at, left) : load<N>(image + at);
-          }
-          const V pixel = overlay_pixel<A>(x, scale[k], shift[k]);
-          const V blended = overlay_blend<A>(pixel, load<N>(colours + at), load<N>(opacities + at));
-          const auto bytes = __builtin_convertvector(__builtin_convertvector(blended, Vector<int32_t, N>), Vector<uint8_t, N>);
-          if (left < N) {
-            std::memcpy(out + at, &bytes, left);
-          } else {
-            store_raw<uint8_t, N>(out + at, bytes);
-          }
-        }
+      for (int64_t i = 0; i < n; i += N) {
+        blend<N>(a, numbers, image, i, n - i, opacities + i, colours + 4 * i, bytes + 3 * i);
       }
+      std::memcpy(a.out + 3 * first, bytes, 3 * n);
     }
   }
 
-  // Opacities and colours of n pixels, thrice and three a pixel.
-  template <int N>
-  static FASTCAM_INLINE void paint(const OverlayArgs<S, M>& a, const M* map, int64_t n, A* opacities, A* colours) {
-    const auto& x = a.numbers;
-    A opacity[kChunk];
-    int32_t entry[kChunk];
-    for (int64_t i = 0; i < n; i += N) {
-      const auto m = n - i < N ? load_first<N>(map + i, n - i) : load<N>(map + i);
-      const auto value = overlay_value<A>(m, x.lowest);
-      const auto place = overlay_entry<A>(value, x.lowest, x.extent, x.last);
-      store_raw<int32_t, N>(entry + i, __builtin_convertvector(place, Vector<int32_t, N>));
-      store<N>(opacity + i, value < 0 ? -value : value);
-    }
-    for (int64_t i = 0; i < n; ++i) opacity[i] = x.alpha * std::sqrt(opacity[i]);
-    for (int64_t i = 0; i < n; ++i) {
-      store_raw<A, 4>(colours + 3 * i, load_raw<A, 4>(a.table + 4 * entry[i]));
-      store_raw<A, 4>(opacities + 3 * i, splat<4>(opacity[i]));
-    }
+  // The first n of N values, or all, or none.
+  template <int N, typename T>
+  static FASTCAM_INLINE Vector<A, N> load_up_to(const T* p, int64_t n) {
+    return n >= N ? load<N>(p) : load_first<N>(p, n < 0 ? 0 : n);
   }
 
+  // N pixels from the i-th on, of which `left` exist.
   template <int N>
-  static FASTCAM_INLINE void interleave(const S* image, int64_t channel, int64_t n, A* values) {
-    using I = Vector<std::conditional_t<sizeof(A) == 8, int64_t, int32_t>, N>;
-    I pair[3], third[3];
-    for (int i = 0; i < 3 * N; ++i) {
-      const int pixel = i / 3, c = i % 3, lane = i % N;
-      pair[i / N][lane] = c == 1 ? N + pixel : pixel;
-      third[i / N][lane] = c == 2 ? N + pixel : lane;
+  static FASTCAM_INLINE void blend(const OverlayArgs<S, M>& a, const OverlayNumbers<A>& x, const S* image, int64_t i,
+                                   int64_t left, const A* opacities, const A* colours, uint8_t* out) {
+    using V = Vector<A, N>;
+    V rows[4], pixels[3];
+    for (int k = 0; k < 4; ++k) rows[k] = load<N>(colours + k * N);
+    if (a.interleaved) {
+      for (int k = 0; k < 3; ++k) pixels[k] = load_up_to<N>(image + 3 * i + k * N, 3 * left - k * N);
+      const V red = Channel<A, N, 3, 0>::of(pixels), green = Channel<A, N, 3, 1>::of(pixels);
+      pixels[2] = Channel<A, N, 3, 2>::of(pixels), pixels[0] = red, pixels[1] = green;
+    } else {
+      for (int k = 0; k < 3; ++k) pixels[k] = load_up_to<N>(image + k * a.channel + i, left);
     }
+    const V opacity = load<N>(opacities);
+    const auto words = byte<N, 0>(x, pixels[0], Channel<A, N, 4, 0>::of(rows), opacity) |
+                       byte<N, 1>(x, pixels[1], Channel<A, N, 4, 1>::of(rows), opacity) << 8 |
+                       byte<N, 2>(x, pixels[2], Channel<A, N, 4, 2>::of(rows), opacity) << 16;
+    store_raw<uint32_t, N>(out, packed<N>(words, std::make_integer_sequence<int, N>{}));
+  }
+
+  // A channel of the result, in 0..255: overlay_pixel under overlay_blend.
+  template <int N, int C>
+  static FASTCAM_INLINE Vector<uint32_t, N> byte(const OverlayNumbers<A>& x, Vector<A, N> value, Vector<A, N> colour,
+                                                 Vector<A, N> opacity) {
+    using V = Vector<A, N>;
+    const V scaled = known(value * splat<N>(A(255) * x.scale[C]) + splat<N>(A(255) * x.shift[C]));
+    const V pixel = reinterpret_cast<V>(whole<N>(scaled)) - kUlpIsOne;
+    const auto mixed = whole<N>(pixel + opacity * (colour - pixel));
+    return __builtin_convertvector(mixed - bits_of<N>(0), Vector<uint32_t, N>);
+  }
+
+  static constexpr A kUlpIsOne = sizeof(A) == 8 ? A(0x1.8p52) : A(0x1.8p23);
+  using Integer = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+
+  template <int N>
+  static FASTCAM_INLINE Vector<Integer, N> bits_of(A v) {
+    return reinterpret_cast<Vector<Integer, N>>(splat<N>(v + kUlpIsOne));
+  }
+
+  // v to the nearest integer, within 0..255, as the last bits of v + kUlpIsOne. As integers these are compared in fewer
+  // instructions than floats, in the same order.
+  template <int N>
+  static FASTCAM_INLINE Vector<Integer, N> whole(Vector<A, N> v) {
+    const auto bits = reinterpret_cast<Vector<Integer, N>>(v + kUlpIsOne), low = bits_of<N>(0), high = bits_of<N>(255);
+    const auto raised = bits > low ? bits : low;
+    return raised > high ? high : raised;
+  }
+
+  // Opacities of n pixels, and their colours, four numbers a pixel.
+  template <int N>
+  static FASTCAM_INLINE void paint(const OverlayArgs<S, M>& a, const OverlayNumbers<A>& x, const M* map, int64_t n,
+                                   A* opacities, A* colours) {
+    uint32_t row[kChunk];  // of the table, in bytes
     for (int64_t i = 0; i < n; i += N) {
-      Vector<A, N> c[3];
-      for (int k = 0; k < 3; ++k) {
-        const S* from = image + k * channel + i;
-        c[k] = n - i < N ? load_first<N>(from, n - i) : load<N>(from);
-      }
-      for (int k = 0; k < 3; ++k) {
-        const auto both = __builtin_shuffle(c[0], c[1], pair[k]);
-        store<N>(values + 3 * i + k * N, __builtin_shuffle(both, c[2], third[k]));
-      }
+      const auto value = overlay_value<A>(load_up_to<N>(map + i, n - i), x.lowest);
+      const auto place = overlay_entry<A>(value, x.lowest, x.entries);
+      const auto entry = reinterpret_cast<Vector<uint32_t, N>>(__builtin_convertvector(place, Vector<int32_t, N>));
+      store_raw<uint32_t, N>(row + i, entry * static_cast<uint32_t>(4 * sizeof(A)));
+      store<N>(opacities + i, value < 0 ? -value : value);
     }
+    for (int64_t i = 0; i < n; ++i) opacities[i] = x.alpha * std::sqrt(opacities[i]);
+    const char* table = reinterpret_cast<const char*>(a.table);
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < n; ++i) store_raw<A, 4>(colours + 4 * i, load_raw<A, 4>(table + row[i]));
   }
 };
 

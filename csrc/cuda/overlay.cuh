@@ -15,7 +15,7 @@ template <typename T, typename M>
 struct OverlayArgs {
   const T* images;             // (batch,C,H*W), C = 1 or 3, or (batch,H*W,3) if interleaved
   const M* maps;               // (batch,targets,H*W)
-  const Accumulate<T>* table;  // (last + 1,3)
+  const Accumulate<T>* table;  // (L,3)
   uint8_t* out;                // (batch,targets,H*W,3)
   int64_t batch, targets;
   unsigned channels, pixels;  // pixels below 2^31
@@ -46,13 +46,13 @@ __global__ void __launch_bounds__(kOverlayThreads) overlay_images(const OverlayA
   for (int j = 0; j < V; ++j) {
     const A value = overlay_value<A>(A(widen(values.v[j])), n.lowest);
     const A opacity = n.alpha * std::sqrt(value < A(0) ? -value : value);
-    const A* colour = x.table + 3 * int(overlay_entry<A>(value, n.lowest, n.extent, n.last));
+    const A* colour = x.table + 3 * int(overlay_entry<A>(value, n.lowest, n.entries));
 #pragma unroll
     for (int c = 0; c < 3; ++c) {
       const int flat = 3 * j + c;  // both indices are known when this is unrolled
       const A own = widen(x.interleaved ? given[flat / V].v[flat % V] : given[c].v[j]);
       const A pixel = overlay_pixel<A>(own, n.scale[c], n.shift[c]);
-      bytes[flat / V].v[flat % V] = uint8_t(overlay_blend<A>(pixel, colour[c], opacity));
+      bytes[flat / V].v[flat % V] = uint8_t(rounded<A>(overlay_blend<A>(pixel, colour[c], opacity)));
     }
   }
   uint8_t* out = x.out + 3 * (map * x.pixels + first);

@@ -93,7 +93,7 @@ int overlay(const void* const* in, void* out, const int64_t* sizes, const double
   x.out = static_cast<uint8_t*>(out), x.batch = sizes[0], x.targets = sizes[1];
   x.channels = unsigned(sizes[2]), x.pixels = unsigned(sizes[3]), x.interleaved = interleaved;
   const auto at = [&](int i) { return A(numbers[i]); };
-  x.numbers = {{at(3), at(4), at(5)}, {at(6), at(7), at(8)}, at(0), at(1), A(1) - at(1), at(2)};
+  x.numbers = {{at(3), at(4), at(5)}, {at(6), at(7), at(8)}, at(0), at(1), at(2) / (A(1) - at(1))};
   return run_overlay(x, nullptr);
 }
 
