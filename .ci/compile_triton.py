@@ -1,6 +1,6 @@
 """Compile every Triton kernel for real GPUs on a machine without one, and fail where a kernel spills registers.
 
-    PYTHON .ci/compile_triton.py [sm ...]        # default: 90
+    PYTHON .ci/compile_triton.py [sm ...] [op ...]        # default: 90, all ops
 
 The launchers run on CPU tensors with each launch replaced by a compilation, so signatures, specialisations and
 configurations are those of real calls. Values are the interpreter suite's business. Cost: about a second a kernel.
@@ -254,7 +254,8 @@ def acc(dtype):
 
 
 def main():
-    capabilities = [int(a) for a in sys.argv[1:]] or [90]
+    capabilities = [int(a) for a in sys.argv[1:] if a.isdigit()] or [90]
+    wanted = [a for a in sys.argv[1:] if not a.isdigit()] or list(CALLS)
     sys.path.insert(0, str(ROOT))
     kernels = {name: importlib.import_module(f"fastcam.kernels.{name}") for name in CALLS}
     launch = importlib.import_module("fastcam.kernels._launch")
@@ -270,8 +271,8 @@ def main():
         for (module, name), kernel in real.items():
             if name in LAUNCHED:
                 setattr(module, name, Compiling(kernel, capability))
-        for name, calls in CALLS.items():
-            for arguments, options in calls():
+        for name in wanted:
+            for arguments, options in CALLS[name]():
                 kernels[name].launch(*arguments, **options)
     for name, registers in sorted(Compiling.worst.items()):
         print(f"{name:40} at most {registers:3} registers, {Compiling.spills[name]:2} bytes spilled")
