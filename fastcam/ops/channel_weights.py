@@ -40,17 +40,22 @@ def channel_weights(
     expanded over all positions are never expanded: the closed form costs at most one pass over the features.
     Source: Selvaraju et al. 2017 eq. 1; Fu et al. 2020 (XGrad-CAM) eq. 8; Chattopadhay et al. 2018 (Grad-CAM++) eq. 19.
     """
+    if not (_checks.alike(features, multipliers) and reference is None and mode in MODES):
+        _check(features, multipliers, reference, mode)
+    if _checks.spatially_constant(multipliers):
+        return _closed_form(features, multipliers[..., 0, 0], reference, mode)
+    if _checks.needs_grad(features, multipliers, reference):
+        return _ChannelWeights.apply(features, multipliers, reference, mode)
+    return _run(features, multipliers, reference, mode)
+
+
+def _check(features: Tensor, multipliers: Tensor, reference: Tensor | None, mode: str) -> None:
     op = "channel_weights"
     _checks.check_features(op, features)
     _checks.check_companion(op, "multipliers", multipliers, features, or_accumulation=True)
     _checks.check_positional(op, "multipliers", multipliers, features)
     _checks.check_reference(op, reference, features)
     _checks.check_mode(op, mode, MODES)
-    if _checks.spatially_constant(multipliers):
-        return _closed_form(features, multipliers[..., 0, 0], reference, mode)
-    if _checks.needs_grad(features, multipliers, reference):
-        return _ChannelWeights.apply(features, multipliers, reference, mode)
-    return _run(features, multipliers, reference, mode)
 
 
 def _closed_form(features: Tensor, g: Tensor, reference: Tensor | None, mode: str) -> Tensor:
