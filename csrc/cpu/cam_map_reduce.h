@@ -6,8 +6,9 @@
 // (ChannelStream, also for per-position multipliers). channels_last: rows are positions, so each sum is a dot product along
 // a row (PositionDots). A leaf computes targets [t0,t1) at positions [p0,p1) from channels [k0,k1) and overwrites `out`.
 //
-// Chains of float additions are short and end in doubles: min-max scaling divides what a sum is off by the map's
-// range, which is a small part of the sums where channels are many.
+// Chains of float additions are short and end in doubles, or in a tree over lanes and chains: min-max scaling divides what a
+// sum is off by the map's range, which is a small part of the sums where channels are many. Where memory is read beyond the
+// caches, several rows (runs of positions) are read in turn: one stream alone is fetched at half the speed.
 #pragma once
 
 #include "cpu/leaf.h"
