@@ -15,8 +15,9 @@ Loss, optimiser, weight decay and schedule are those of `fastcam/testbed/train.p
   max-pool                       of 2 x 2 before the head, as VGG has one and tiny_vgg has not
   4 x as long                    each scene seen 16 times
 
-Means run over the images under all seeds' heads. Heads of one block share the images, so that standard errors are those
-of images, not of heads. `top2` in the metadata: share of the images whose two highest logits are its two digits.
+Means run over the images under all seeds' heads; standard errors take each pair of an image and a head for independent,
+which pairs of one image are not quite. `top2` in the metadata: share of the images whose two highest logits are their
+two digits.
 """
 
 from __future__ import annotations

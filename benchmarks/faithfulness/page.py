@@ -126,7 +126,7 @@ def heads() -> str:
         "Mean cosine to the SHAP values of `tiny_vgg`'s 12 maps (all 4096 coalitions), under its own head and under heads trained anew "
         f"on the same maps: widths of the hidden layers, dropout of 0.5 behind each or none, max-pool as in VGG or none; {seeds} seeds "
         f"each, {rows['shipped: lift_cam']['n']} held-out scenes. The difference is of LIFT-CAM and Ablation-CAM image by image, ± its "
-        "standard error; *yes*: LIFT-CAM before Ablation-CAM before XGrad-CAM before Grad-CAM, the first by more than 1.96 standard "
+        "standard error (pairs of image and head taken for independent); *yes*: LIFT-CAM before Ablation-CAM before XGrad-CAM before Grad-CAM, the first by more than 1.96 standard "
         f"errors. All settings of the suite are shown. {link}, from `{meta['command']}`.",
         "",
         "| hidden layers | " + " | ".join(COEFFICIENTS.values()) + " | difference | the paper's order |",
