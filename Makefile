@@ -42,16 +42,18 @@ test: venv
 	if [ -d tests/triton ]; then TRITON_INTERPRET=1 $(BIN)/pytest -q tests/triton; fi
 
 # The libraries that fastcam.adapters stands in for, and what importing them takes; without dependencies, since theirs
-# would bring another torch, opencv with its windows, and TensorFlow. A file of its own: the other targets do without.
+# would bring another torch, opencv with its windows, and TensorFlow. Then what models, data sets and stores may come
+# from or go to. A file of its own: the other targets do without.
 PEERS := $(VENV)/.peers
 
 $(PEERS): $(PACKAGES)
 	$(BIN)/pip install -q -c constraints.txt --no-deps grad-cam torchcam captum zennit quantus \
 	  ttach tqdm opencv-python-headless pandas cachetools
+	$(BIN)/pip install -q -c constraints.txt timm transformers datasets xarray
 	touch $@
 
 test-peers: venv $(PEERS)
-	$(BIN)/pytest -q -m peers tests/parity
+	$(BIN)/pytest -q -m peers tests
 
 lint: venv
 	$(BIN)/ruff check .

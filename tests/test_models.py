@@ -300,6 +300,7 @@ def test_exported_programs_that_cannot_be_used(tmp_path, program):
     assert not marker.exists()
 
 
+@pytest.mark.peers
 def test_timm(tmp_path):
     torchvision_models()
     timm = pytest.importorskip("timm")
@@ -328,6 +329,7 @@ def test_kernel_sources_on_the_path_are_no_kernels_package():
         module.get_kernel  # noqa: B018
 
 
+@pytest.mark.peers
 def test_transformers(tmp_path):
     torchvision_models()
     transformers = pytest.importorskip("transformers")

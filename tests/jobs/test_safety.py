@@ -372,6 +372,7 @@ def test_a_store_opens_with_plain_zarr(whole):
     assert facts["options"]["relu"] is True
 
 
+@pytest.mark.peers
 def test_a_store_opens_with_xarray(whole):
     xarray = pytest.importorskip("xarray")
     data = xarray.open_zarr(whole, consolidated=False)

@@ -469,6 +469,7 @@ def test_labels_from_a_file(tmp_path):
         open_source(tmp_path / "set", labels=table)
 
 
+@pytest.mark.peers
 def test_hugging_face_data_sets(tmp_path):
     datasets = pytest.importorskip("datasets")
     write(tmp_path / "file.png", 3)
