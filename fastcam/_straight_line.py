@@ -135,7 +135,8 @@ def _traced_line(
     if not isinstance(stand_ins[0].shape[0], torch.SymInt) or stand_ins[0].shape[0].node.expr.is_number:
         raise ExportError(
             f"{_what(explainer)} is no straight line of operators for any number of images: it counts them while "
-            "it runs, as methods that perturb images in chunks do"
+            "it runs, as methods that perturb images in chunks do, or a step of the network does, as the resize in "
+            "fastcam.nn.LFICAM (whose attention has a graph itself: model(images).attention)"
         )
     line.graph.eliminate_dead_code()
     for node in line.graph.find_nodes(op="call_function", target=torch.ops.aten.sym_numel.default):

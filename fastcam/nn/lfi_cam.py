@@ -179,10 +179,8 @@ class LFICAM(nn.Module):
 
 def grey_at(images: Tensor, size: torch.Size) -> Tensor:
     """(B, 1, *size): mean of the channels, bilinear, align_corners=False."""
-    # The two commute. This order reads four pixels for each position instead of all, and the number of images stays
-    # free in a trace, where PyTorch compares the strides of a resized map of one channel with it.
-    small = functional.interpolate(images, size=tuple(size), mode="bilinear", align_corners=False)
-    return small.mean(1, keepdim=True)
+    grey = images.mean(1, keepdim=True)
+    return functional.interpolate(grey, size=tuple(size), mode="bilinear", align_corners=False)
 
 
 def _check_finite(attention: Tensor) -> None:

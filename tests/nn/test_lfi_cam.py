@@ -365,20 +365,17 @@ def test_the_method_wants_such_a_network():
         fastcam.attribute(plain, torch.randn(2, 3, 9, 9), "lfi_cam")
 
 
-def test_maps_with_a_graph_and_exported():
-    """The straight line's attention has the module's own gradients; any number of images goes through the program."""
+def test_a_straight_line_is_refused_for_a_reason_that_holds():
+    """PyTorch fixes the number of images where the grey image is resized; the attention itself has its graph."""
     model, images = small().eval(), pictures()
-    found = fastcam.Explainer(model, "lfi_cam", differentiable=True)(images)
-    attention = model(images).attention.squeeze(1)
-    torch.testing.assert_close(found.raw, attention)
-    parameters = [p for name, p in model.named_parameters() if not name.startswith("fc")]
-    ours, theirs = (torch.autograd.grad(raw.square().sum(), parameters) for raw in (found.raw, attention))
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other)
-    assert any(gradient.abs().max() > 0 for gradient in theirs)
-    program = fastcam.export_program(model, "lfi_cam", images).module()
-    wanted = fastcam.attribute(model, pictures(3, seed=4), "lfi_cam")
-    torch.testing.assert_close(program(pictures(3, seed=4))[-1], wanted.maps)
+    for run in (
+        lambda: fastcam.Explainer(model, "lfi_cam", differentiable=True)(images),
+        lambda: fastcam.export_program(model, "lfi_cam", images),
+    ):
+        with pytest.raises(
+            fastcam.ExportError, match=r"as the resize in fastcam\.nn\.LFICAM .*model\(images\)\.attention"
+        ):
+            run()
 
 
 @pytest.mark.parametrize("method", ["lfi_cam", "grad_cam", "lift_cam"])
