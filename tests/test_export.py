@@ -32,7 +32,24 @@ def agree(program, model, method, *, targets=None, tolerance=2e-6, side=16, **op
         torch.testing.assert_close(scores, expected.scores, rtol=0, atol=tolerance)
 
 
+def pooled(rank: int = 2) -> nn.Module:
+    """Feature maps of three sizes, by a max pool and a stride."""
+
+    def build() -> nn.Module:
+        conv, pool = (nn.Conv2d, nn.MaxPool2d) if rank == 2 else (nn.Conv3d, nn.MaxPool3d)
+        first, second = conv(3, 6, 3, 1, 1), conv(6, 8, 3, 2, 1)
+        return nn.Sequential(first, nn.ReLU(), pool(2), second, nn.ReLU(), nn.Flatten(2), Mean(), nn.Linear(8, 5))
+
+    return seeded(build)
+
+
+class Mean(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean(2)
+
+
 CASES = [
+    ("full_grad", pooled, None, {}),
     ("lift_cam", vgg_like, torch.tensor([3, 1]), {}),
     ("a_fmi", vgg_like, torch.tensor([[0, 2], [4, 4]]), {"size": (20, 12)}),
     ("lrp", residual, 4, {}),
@@ -66,6 +83,16 @@ def test_program_equals_attribute(method, build, targets, options):
     syncs = ("_local_scalar_dense", "item", "nonzero", "unique", "masked_select", "equal.default")
     assert not [operator for operator in operators if operator.name().removeprefix("aten::").startswith(syncs)]
     assert not any(isinstance(n.meta.get("val"), (torch.SymBool, torch.SymFloat)) for n in program.graph.nodes)
+
+
+def test_volumes():
+    """Whose maps are resized in three dimensions."""
+    model = pooled(3)
+    clips = torch.randn(3, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    for method in ("grad_cam", "full_grad"):
+        program = fastcam.export_program(model, method, clips[:2])
+        expected = fastcam.attribute(model, clips, method).maps
+        torch.testing.assert_close(program.module()(clips)[1], expected, rtol=0, atol=2e-6)
 
 
 def test_what_cannot_be_explained_is_masked():

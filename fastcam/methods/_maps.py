@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.nn import functional
 
 from fastcam import ops
 
@@ -15,7 +14,12 @@ __all__ = ["finish", "min_max", "planar", "positionwise", "resized"]
 
 Maps = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
-_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
+#: Not `functional.interpolate`, which reads the number of rows as an integer and so fixes it in a trace.
+_UPSAMPLE = {
+    1: torch.ops.aten.upsample_linear1d.default,
+    2: torch.ops.aten.upsample_bilinear2d.default,
+    3: torch.ops.aten.upsample_trilinear3d.default,
+}
 
 
 def planar(features: torch.Tensor, spatial_rank: int) -> torch.Tensor:
@@ -95,11 +99,11 @@ def _reduce(
     return maps, raw, finite
 
 
-def resized(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """(..., *spatial) -> (..., *size), linear, bilinear or trilinear with align_corners=False."""
+def resized(maps: torch.Tensor, size: Sequence[int], align_corners: bool = False) -> torch.Tensor:
+    """(..., *spatial) -> (..., *size), linear, bilinear or trilinear."""
     rank = len(size)
     rows = maps.flatten(0, -rank - 1).unsqueeze(1)
-    found = functional.interpolate(rows, size=tuple(size), mode=_MODES[rank], align_corners=False)
+    found = _UPSAMPLE[rank](rows, list(size), align_corners)
     return found.reshape(*maps.shape[:-rank], *size)
 
 

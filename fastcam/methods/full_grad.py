@@ -7,17 +7,16 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fastcam._dtypes import accumulation_dtype
 
+from ._maps import resized
 from ._method import Evidence, Method, MethodOptions, Passage
 
 __all__ = ["METHOD", "FullGradOptions", "full_grad"]
 
 #: What each form adds to the range it divides by.
 _EPS = {"authors": 1e-6, "per_channel": 1e-7}
-_MODES = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
 
 @dataclass(frozen=True)
@@ -102,10 +101,7 @@ def _psi(product: Tensor, size: tuple[int, ...], options: FullGradOptions) -> Te
     magnitude = magnitude - magnitude.amin(dims, keepdim=True)
     divisor = magnitude.amax(dims, keepdim=True) + eps
     found = (magnitude / torch.where(divisor == 0, 1, divisor)).sum(1)
-    if tuple(found.shape[1:]) == size:
-        return found
-    mode = _MODES[len(size)]
-    return functional.interpolate(found.unsqueeze(1), size=size, mode=mode, align_corners=together).squeeze(1)
+    return found if tuple(found.shape[1:]) == size else resized(found, size, align_corners=together)
 
 
 METHOD = Method(
