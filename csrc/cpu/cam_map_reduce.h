@@ -134,7 +134,7 @@ constexpr int64_t kStreamBlock = 4096;  // positions whose sums stay in the near
 template <typename S, bool REF, bool POSITIONAL>
 struct ChannelStream {
   using A = Accumulate<S>;
-    static constexpr int kRows = REF || POSITIONAL ? 4 : 8;  // added up in registers before memory sees the sum
+  static constexpr int kRows = REF || POSITIONAL ? 4 : 8;  // added up in registers before memory sees the sum
 
   struct Row {
     const S* f;
