@@ -28,6 +28,8 @@ struct Problem {
   int64_t positions() const { return height * width; }
 };
 
+constexpr int64_t kCaches = 16 << 20;  // bytes of features that are probably no longer there from the step before
+
 struct Partition {
   int64_t slices, slice;  // of channels
   int64_t blocks, block;  // of positions
@@ -97,6 +99,7 @@ struct Computation {
     args.p0 = block * part.block, args.p1 = std::min(x.positions(), args.p0 + part.block);
     args.out = sums + (slice * x.batch + b) * x.targets * x.positions();
     args.out_target = x.positions();
+    args.beyond_caches = x.batch * x.channels * x.positions() * static_cast<int64_t>(sizeof(S)) > kCaches;
     x.has_reference ? reduce_image<S, true>(args, x) : reduce_image<S, false>(args, x);
   }
 

@@ -25,6 +25,7 @@ struct ReduceArgs {
   int64_t t0, t1, k0, k1, p0, p1;
   Accumulate<S>* out;               // of target 0, position 0
   int64_t out_target;
+  bool beyond_caches = false;       // whether features come from memory
 };
 
 template <int N, bool REF, typename S>
@@ -129,6 +130,7 @@ struct ChannelTile {
   }
 };
 
+constexpr int64_t kShort = 512;         // positions of a row of which one page of memory holds several
 constexpr int64_t kStreamBlock = 4096;  // positions whose sums stay in the nearest caches
 
 template <typename S, bool REF, bool POSITIONAL>
@@ -143,22 +145,31 @@ struct ChannelStream {
     A weight;    // or coefficient
   };
 
+  template <int N>
+  static FASTCAM_INLINE Vector<A, N> term(const Row& row, int64_t p) {
+    const auto d = difference<N, REF>(row.f + p, row.r + p);
+    if constexpr (POSITIONAL) return load<N>(row.w + p) * d;
+    return row.weight * d;
+  }
+
   template <int N, int ROWS>
   static FASTCAM_INLINE void add_rows(double* sums, const Row (&rows)[ROWS], int64_t length) {
     for (int64_t p = 0; p < length; p += N) {
       Vector<A, N> chain = {};
 #pragma GCC unroll 8
-      for (int i = 0; i < ROWS; ++i) {
-        const Row& row = rows[i];
-        const auto d = difference<N, REF>(row.f + p, row.r + p);
-        if constexpr (POSITIONAL) {
-          chain += load<N>(row.w + p) * d;
-        } else {
-          chain += row.weight * d;
-        }
-      }
+      for (int i = 0; i < ROWS; ++i) chain += term<N>(rows[i], p);
       add_wide<N>(sums + p, chain);
     }
+  }
+
+  // The same, row after row. Short rows lie side by side, and in their order memory sends them twice as fast.
+  template <int N, int ROWS>
+  static FASTCAM_INLINE void add_in_order(double* sums, A* chains, const Row (&rows)[ROWS], int64_t length) {
+    for (int64_t p = 0; p < length; p += N) store<N>(chains + p, term<N>(rows[0], p));
+    for (int i = 1; i < ROWS - 1; ++i) {
+      for (int64_t p = 0; p < length; p += N) store<N>(chains + p, load<N>(chains + p) + term<N>(rows[i], p));
+    }
+    for (int64_t p = 0; p < length; p += N) add_wide<N>(sums + p, load<N>(chains + p) + term<N>(rows[ROWS - 1], p));
   }
 
   static FASTCAM_INLINE Row row(const ReduceArgs<S>& a, int64_t t, int64_t k, int64_t p) {
@@ -182,6 +193,7 @@ struct ChannelStream {
   template <int N>
   static FASTCAM_INLINE void block(const ReduceArgs<S>& a, int64_t t, int64_t p, int64_t length) {
     alignas(64) double sums[kStreamBlock];
+    alignas(64) A chains[kShort + N];
     const int64_t whole = (length + N - 1) / N * N, overrun = p + whole - a.positions;
     for (int64_t i = 0; i < whole; ++i) sums[i] = 0;
     int64_t safe = smaller(a.k1, safe_rows(a.channels, a.feature_row, overrun));
@@ -191,7 +203,7 @@ struct ChannelStream {
     for (; k + kRows <= safe; k += kRows) {
       Row rows[kRows];
       for (int i = 0; i < kRows; ++i) rows[i] = row(a, t, k + i, p);
-      add_rows<N>(sums, rows, length);
+      a.beyond_caches && length <= kShort ? add_in_order<N>(sums, chains, rows, length) : add_rows<N>(sums, rows, length);
     }
     alignas(64) S f_row[kStreamBlock], r_row[kStreamBlock], w_row[kStreamBlock];
     for (; k < a.k1; ++k) {
