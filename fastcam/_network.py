@@ -210,13 +210,17 @@ def _check_size(size: Any) -> Any:
     return tuple(size)
 
 
-def nonfinite_message(valid: torch.Tensor, features: torch.Tensor, output: Any, layer: str, method: str) -> str:
+def nonfinite_message(
+    valid: torch.Tensor, images: torch.Tensor, features: torch.Tensor, output: Any, layer: str, method: str
+) -> str:
     image = int((~valid).nonzero()[0])
     count = int((~valid).sum())
     if not bool(features[image].isfinite().all()):
         what = f"the features of layer '{layer}' are"
     elif isinstance(output, torch.Tensor) and not bool(output[image].isfinite().all()):
         what = "the model's output is"
+    elif not bool(images[image].isfinite().all()):
+        what = "the image is"
     else:
         what = f"the {method} map at layer '{layer}' is"
     return (

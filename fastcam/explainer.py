@@ -244,7 +244,7 @@ class Explainer(Network):
         relu = isinstance(options, CamOptions) and options.relu
         with stage("post"):
             maps, raw, finite = finish(features, evidence, relu, self.normalize, size, self.method.signed)
-            maps, raw, valid = self._check_finite(maps, raw, finite, passed, features, resolved)
+            maps, raw, valid = self._check_finite(maps, raw, finite, passed, images, features, resolved)
         certainty = {"certainty": self.method.certainty} if self.method.certainty else {}
         return Attribution(
             maps=maps,
@@ -280,6 +280,7 @@ class Explainer(Network):
         raw: torch.Tensor,
         finite: torch.Tensor,
         passed: Forward,
+        images: torch.Tensor,
         features: torch.Tensor,
         targets: Targets,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -290,6 +291,8 @@ class Explainer(Network):
         output = passed.output
         if isinstance(output, torch.Tensor) and output.is_floating_point() and output.shape[:1] == valid.shape:
             valid = valid & output.isfinite().flatten(1).all(dim=1)
+        # A convolution that ends in ReLU makes zeros of NaN, so what comes out does not tell.
+        valid = valid & images.isfinite().flatten(1).all(dim=1)
         if targets.valid is not None:
             valid = valid & targets.valid
         raising = maps.device.type == "cpu" and not tracing()
@@ -298,7 +301,7 @@ class Explainer(Network):
             if targets.valid is not None and not bool(targets.valid.all()):
                 raise IndexError(f"a target of image {int((~targets.valid).nonzero()[0])} is out of range")
             if not bool(valid.all()):
-                raise ValueError(nonfinite_message(valid, features, output, passed.layer, self.method.name))
+                raise ValueError(nonfinite_message(valid, images, features, output, passed.layer, self.method.name))
             return maps, raw, valid
         keep = valid.reshape(-1, *(1,) * (maps.ndim - 1))
         zero = maps.new_zeros(())

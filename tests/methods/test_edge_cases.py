@@ -390,3 +390,21 @@ def test_training_mode_is_explained_as_evaluation_and_kept(oracle, method):
     torch.testing.assert_close(got.raw, want, rtol=0, atol=1e-12 * float(want.abs().max()))
     assert all(module.training for module in net.modules())
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("method", "how"), [("lrp", {}), ("grad_cam", {"channels_last": True})])
+def test_a_pixel_that_is_no_number_is_told_though_a_convolution_with_relu_drops_it(method, how, value):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        *(torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.Conv2d(8, 8, 3), torch.nn.ReLU()),
+        *(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 5)),
+    ).eval()
+    images = torch.randn(3, 3, 12, 12)
+    images[1, 0, 5, 5] = value
+    with pytest.raises(ValueError, match=r"not finite for image 1 \(1 of 3"):
+        fastcam.attribute(model, images, method, targets=1, **how)
+    masked = fastcam.attribute(model, images, method, targets=1, on_nonfinite="mask", **how)
+    assert masked.valid.tolist() == [True, False, True]
+    assert not masked.maps[1].any()
+    assert masked.maps[0].any()
