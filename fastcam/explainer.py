@@ -81,7 +81,8 @@ class Explainer(Network):
     size           "input": the images' size · "layer": the layer's · (H, W)
     normalize      after resizing, min-max scale each map to [0, 1]; signed maps of pixel methods are divided by their
                    largest magnitude, to [-1, 1]. A constant map becomes zeros
-    precision      None: the model's own · "bf16", "fp16", "fp32", "fp64": run the network with converted weights
+    precision      None: the model's own · "bf16", "fp16", "fp32", "fp64": run the network with converted weights;
+                   `torch.autocast` around a call has no say
     channels_last  run the network in channels_last layout, with converted weights. Either conversion also folds batch
                    norms into convolutions; scores then equal the model's to rounding, not to the bit
     mean, std      how the images were normalised, one number a channel, for references named in pixels ("black"); None:

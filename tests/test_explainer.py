@@ -676,3 +676,20 @@ def test_models_made_under_inference_mode_are_refused_with_a_cure(images):
         with pytest.raises(RuntimeError, match=r"made under torch.inference_mode.*copy.deepcopy\(model\)"):
             fastcam.attribute(model, images, layer=layer)
     assert fastcam.attribute(copy.deepcopy(model), images, layer="layer1").valid.all()
+
+
+@pytest.mark.parametrize("method", ["grad_cam", "deep_lift", "lrp", "attribution_equilibrium"])
+def test_autocast_around_a_call_changes_nothing(method):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3), nn.Hardswish()),
+        *(nn.Conv2d(8, 8, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)),
+    ).eval()
+    images = torch.randn(2, 3, 16, 16)
+    expected = fastcam.attribute(model, images, method, targets=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fastcam.attribute(model, images, method, targets=1)
+        assert torch.is_autocast_enabled("cpu")
+    assert found.maps.dtype == torch.float32
+    torch.testing.assert_close(found.maps, expected.maps)
+    torch.testing.assert_close(found.scores, expected.scores)

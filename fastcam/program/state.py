@@ -69,8 +69,12 @@ def keeping_buffers(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def neutral_modes() -> Iterator[None]:
-    """No autograd graph is recorded inside, and the tensors made are ordinary ones even under `inference_mode`."""
-    with torch.inference_mode(False), torch.no_grad():
+    """No autograd graph is recorded inside, the tensors made are ordinary ones even under `inference_mode`, and of what
+    dtype is the explainer's business, not `autocast`'s."""
+    with torch.inference_mode(False), torch.no_grad(), contextlib.ExitStack() as plain:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                plain.enter_context(torch.autocast(device, enabled=False))
         yield
 
 

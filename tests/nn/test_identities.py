@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 import fastcam
+from fastcam._testing.models import GivenFeatures
 from fastcam.nn import LFICAM
 from fastcam.nn.lfi_cam import grey_at
 
@@ -21,20 +22,9 @@ torch.set_num_threads(1)
 K = 6
 
 
-class Given(nn.Module):
-    """A backbone whose features are a parameter."""
-
-    def __init__(self, features):
-        super().__init__()
-        self.features = nn.Parameter(features)
-
-    def forward(self, images):
-        return self.features
-
-
 def on(features: torch.Tensor, **options) -> LFICAM:
     torch.manual_seed(0)
-    return LFICAM(Given(features), 4, channels=K, **options).double()
+    return LFICAM(GivenFeatures(features), 4, channels=K, **options).double()
 
 
 def features(seed: int = 1, negative: bool = False) -> torch.Tensor:

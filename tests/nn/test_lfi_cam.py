@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 import fastcam
-from fastcam._testing.models import torchvision_models
+from fastcam._testing.models import GivenFeatures, torchvision_models
 from fastcam.nn import LFICAM, FeatureImportanceNetwork, densenet_bc, features_of, resnet, resnext29
 
 torch.set_num_threads(1)
@@ -137,20 +137,9 @@ def test_ranges():
     torch.testing.assert_close(importance.sum(1), torch.ones(5, dtype=torch.float64))
 
 
-class Given(nn.Module):
-    """A backbone whose features are a parameter."""
-
-    def __init__(self, features):
-        super().__init__()
-        self.features = nn.Parameter(features)
-
-    def forward(self, images):
-        return self.features
-
-
 def on(features: torch.Tensor, **options) -> LFICAM:
     torch.manual_seed(0)
-    return LFICAM(Given(features.double()), 4, channels=features.shape[1], **options).double()
+    return LFICAM(GivenFeatures(features.double()), 4, channels=features.shape[1], **options).double()
 
 
 def test_attention_does_not_change_with_the_scale_of_the_features():
