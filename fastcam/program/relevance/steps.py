@@ -95,7 +95,7 @@ def average(step: StepView, rule: Rule, given: list[Any]) -> Given:
         back = transpose(step.node, share, step.active, step.shapes, step.get)[step.source]
         assert isinstance(back, Tensor)
         # In the layout of x, and everything before this step with it: the derivative of a mean is a contiguous one.
-        found.append(Relevance(torch.empty_like(x).copy_(back), x))
+        found.append(Relevance(torch.empty_like(x, dtype=back.dtype).copy_(back), x))
     return {step.source: found}
 
 
