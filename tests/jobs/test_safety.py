@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -201,12 +202,20 @@ def test_a_dead_writers_lock_holds_nobody_back(model, source, tmp_path):
     assert jobs.run(model, source, out, resume=True).done == 98
 
 
-def test_ctrl_c_leaves_a_store_to_go_on_with(tmp_path, model):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, also in a process begun in the background, where shells have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_leaves_a_store_to_go_on_with(tmp_path, model, interruptible):
     class Stops(Numbered):
         def load(self, index):
             if armed and index == 70:
                 time.sleep(0.3)
-                os.kill(os.getpid(), 2)
+                os.kill(os.getpid(), signal.SIGINT)
             return super().load(index)
 
     armed, out = True, tmp_path / "a.zarr"
