@@ -201,9 +201,9 @@ FASTCAM_HD void relevance_alpha_beta(V r, V z, V p, V first, V second, V epsilon
 template <typename V>
 FASTCAM_HD void relevance_gamma(V r, V z, V p, V first, V second, V epsilon, V noise, V& u, V& v) {
   const V n = relevance_negative(z, p, noise);
-  const V raised = relevance_quotient(r, z + first * p, epsilon);
+  const V above = z <= 0 ? V{} : r;  // NaN stays. A choice of the quotient, which chooses itself, would not vectorise
   const V lowered = r / (z + first * n - epsilon);  // z < 0, else it is not used
-  u = z <= 0 ? V{} : raised;  // NaN stays
+  u = relevance_quotient(above, z + first * p, epsilon);
   v = z >= 0 ? V{} : lowered;
 }
 

@@ -25,7 +25,7 @@ def _messages(r, z, p, first, second, epsilon, noise, RULE: tl.constexpr):
         u = first * _flat.quotient(r, p, epsilon)
         v = tl.where(n == 0, 0.0, -second * _flat.quotient(r, n, epsilon))
     elif RULE == "gamma":
-        u = tl.where(z <= 0, 0.0, _flat.quotient(r, z + first * p, epsilon))  # NaN stays
+        u = _flat.quotient(tl.where(z <= 0, 0.0, r), z + first * p, epsilon)  # NaN stays
         v = tl.where(z >= 0, 0.0, _flat.quotient(r, z + first * n, epsilon))
     else:  # rap
         u = _flat.quotient(_flat.positive_part(r), p, 0.0)

@@ -31,7 +31,7 @@ def relevance_split(
     if rule == "alpha_beta":
         u, v = first * quotient(r, p, epsilon), torch.where(n >= 0, 0.0, -second * (r / (n - epsilon)))
     elif rule == "gamma":
-        u = torch.where(z <= 0, 0.0, quotient(r, z + first * p, epsilon))  # NaN comes through
+        u = quotient(torch.where(z <= 0, 0.0, r), z + first * p, epsilon)  # NaN comes through
         v = torch.where(z >= 0, 0.0, r / (z + first * n - epsilon))
     else:  # rap
         u = quotient(r.clamp(min=0), p, 0.0)
