@@ -17,14 +17,11 @@ from torch import Tensor
 
 from .capture import Program
 from .execute import Schedule
-from .nodes import LEAVES, Node, op_name
+from .nodes import LEAVES, Node, reads_size_alone
 from .rescale import AFFINE, Rule, Step, registered, rule_for, unsupported
 from .transpose import Cotangent
 
 __all__ = ["Recorded", "Walk", "accumulate", "one_for_all"]
-
-_NAMES = "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty"
-_READS_SIZE_ALONE = frozenset(_NAMES.split())
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class Walk:
         self._varies = {feature}
         for node in head:
             varying = self._varies.intersection(node.refs())
-            if not varying or node.kind == "size" or op_name(node.target) in _READS_SIZE_ALONE:
+            if not varying or node.kind == "size" or reads_size_alone(node, varying):
                 continue
             self._varies.add(node.index)
             active = frozenset(ref for ref in varying if _differentiable(program.nodes[ref]))

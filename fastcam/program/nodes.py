@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 __all__ = ["ACTIVATIONS", "FRESH", "LEAVES", "Node", "Ref", "following_values", "kind_of", "map_refs", "op_name"]
-__all__ += ["refs_in"]
+__all__ += ["reads_size_alone", "refs_in"]
 
 LEAVES = frozenset({"input", "parameter", "buffer", "constant", "folded"})
 
@@ -49,6 +49,11 @@ _KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names.split
 
 #: Elementwise activations that have an in-place twin; used to save a buffer where the input is no longer needed.
 ACTIVATIONS = frozenset(_KINDS["activation"].split())
+
+_SIZE_ALONE_NAMES = """
+zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty fill zero
+"""
+_SIZE_ALONE = frozenset(_SIZE_ALONE_NAMES.split())
 
 #: Kinds whose operators always return fresh memory, so that their result may be overwritten once it is no longer read.
 FRESH = frozenset({"conv", "linear", "norm", "add", "mul", "activation"})
@@ -124,6 +129,12 @@ def refs_in(value: Any) -> Iterator[int]:
         yield from refs_in((value.start, value.stop, value.step))
 
 
+def reads_size_alone(node: Node, varying: Iterable[int]) -> bool:
+    """Whether the step makes constants in the shape of its first argument: `zeros_like`, or a number written over all
+    of it. `varying` are the values that may differ; a written tensor must not be one of them."""
+    return op_name(node.target) in _SIZE_ALONE and set(varying).isdisjoint(refs_in((node.args[1:], node.kwargs)))
+
+
 def following_values(start: int, nodes: Iterable[Node]) -> set[int]:
     """Indices of `start` and of all floats among `nodes`, in order, that are computed from its numbers.
 
@@ -132,7 +143,7 @@ def following_values(start: int, nodes: Iterable[Node]) -> set[int]:
     found = {start}
     for node in nodes:
         real = node.kind != "size" and (node.dtype is None or node.dtype.is_floating_point)
-        if real and not found.isdisjoint(node.refs()):
+        if real and not found.isdisjoint(node.refs()) and not reads_size_alone(node, found):
             found.add(node.index)
     return found
 

@@ -89,6 +89,9 @@ FUNCTIONS = {
     "cos": torch.cos,
     "atan": torch.atan,
     "erf": torch.erf,
+    "erfc": torch.erfc,
+    "exp2": torch.exp2,
+    "floor": lambda x: (3 * x).floor(),
 }
 POSITIVE = {
     "sqrt": torch.sqrt,
@@ -154,6 +157,7 @@ OTHERS = {
     "attention shared": module(lambda: Attend(crossed=True), (5, 6)),
     "attention written out": module(lambda: Attend(written=True), (5, 6)),
     "multihead attention": module(lambda: Multihead(), (5, 6)),
+    "glu": module(lambda: nn.GLU(1)),
 }
 #: Steps whose multipliers are their gradients.
 AFFINE = {
@@ -214,7 +218,24 @@ AFFINE = {
     "where": of(lambda x: torch.where(torch.arange(7) > 2, x, -2 * x + 1)),
     "dropout": module(lambda: nn.Dropout(0.5)),
     "identity": of(lambda x: x.clone()),
+    "number into a slice": of(lambda x: numbers_written(x * 2)),
+    "filled": of(lambda x: x + torch.fill(x, 2.0)),
+    "index_fill": of(lambda x: x.index_fill(1, torch.tensor([0, 2]), 0.3)),
+    "index_copy": of(lambda x: x.index_copy(1, torch.tensor([0, 2]), x[:, :2] * 2)),
+    "scatter_add": of(lambda x: x.scatter_add(3, torch.zeros(x.shape, dtype=torch.long), x)),
+    "diagonal": of(lambda x: x.rot90(1, (2, 3)).diagonal(dim1=2, dim2=3).repeat_interleave(2, 1)),
+    "nearest exact": of(lambda x: F.interpolate(x, (9, 5), mode="nearest-exact")),
 }
+
+
+def numbers_written(y):
+    """`y[...] = 0` and its spellings: select, slice, a mask, fill_, zero_."""
+    y[:, 0] = 0
+    y[:, 1:3, 2:4] = 0.7
+    y[..., 1].fill_(-1.0)
+    y[:, 3, 0].zero_()
+    y[:, :, torch.arange(6) > 4] = 0.2
+    return y.masked_fill_(torch.arange(7) > 5, 1.5)
 
 
 class Multihead(nn.Module):

@@ -16,8 +16,8 @@ from ..transpose import transpose
 from . import maxima, normalisers, pointwise
 from .step import Cotangents, Rule, Step
 
-__all__ = ["AFFINE", "ELEMENTWISE", "Rule", "Step", "UnsupportedOpError", "known", "maxima", "register_rescale_rule"]
-__all__ += ["registered", "rule_for", "unsupported"]
+__all__ = ["AFFINE", "ELEMENTWISE", "Rule", "Step", "UnsupportedOpError", "known", "maxima", "pointwise"]
+__all__ += ["register_rescale_rule", "registered", "rule_for", "unsupported"]
 
 
 class UnsupportedOpError(RuntimeError):
@@ -38,7 +38,9 @@ _NAMED = {"affine": AFFINE, "elementwise": ELEMENTWISE, "product": PRODUCT}
 _AFFINE_KINDS = frozenset({"add", "cat", "reshape", "resize"})
 _AFFINE_NAMES = """
 mean sum cumsum neg rsub diff dropout feature_dropout alpha_dropout tril triu im2col col2im unfold fold
-getitem index index_select gather copy slice_scatter select_scatter index_put masked_fill
+getitem index index_select gather copy slice_scatter select_scatter index_put masked_fill index_fill index_copy
+index_add scatter_add fill rot90 diagonal hstack vstack dstack repeat_interleave
+_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d _upsample_bicubic2d_aa
 pad constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d
 replication_pad1d replication_pad2d replication_pad3d avg_pool1d avg_pool2d avg_pool3d
 adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d _adaptive_avg_pool2d _adaptive_avg_pool3d
@@ -48,12 +50,13 @@ _AFFINE = frozenset(_AFFINE_NAMES.split())
 _AFFINE_IN_ONE_KINDS = frozenset({"conv", "linear", "matmul", "mul"})
 _FUNCTION_NAMES = """
 exp expm1 log log1p log2 log10 sqrt rsqrt reciprocal pow square abs sign sin cos tan atan asinh sinh cosh erf
-softshrink hardshrink
+softshrink hardshrink erfc exp2 asin acos acosh atanh erfinv logit sinc lgamma round floor ceil trunc frac
 """
 _ELEMENTWISE = (ACTIVATIONS - {"relu", "leaky_relu"}) | frozenset(_FUNCTION_NAMES.split())
 _RULES = {
     "relu": Rule(pointwise.rectifier),
     "leaky_relu": Rule(pointwise.leaky_relu),
+    "glu": Rule(pointwise.gated),
     "softmax": Rule(normalisers.softmax),
     "_softmax": Rule(normalisers.softmax),
     "log_softmax": Rule(normalisers.log_softmax),

@@ -13,7 +13,17 @@ from fastcam import ops
 from ..nodes import Ref, op_name
 from .step import Cotangents, Step
 
-__all__ = ["elementwise", "leaky_relu", "matrix_product", "maximum", "minimum", "product", "quotient", "rectifier"]
+__all__ = [
+    "elementwise",
+    "gated",
+    "leaky_relu",
+    "matrix_product",
+    "maximum",
+    "minimum",
+    "product",
+    "quotient",
+    "rectifier",
+]
 __all__ += ["secant"]
 
 #: |u - u'| up to which a smooth function's slope is its derivative at the midpoint, wrong by (u - u')^2 f''' / 24, not
@@ -21,7 +31,8 @@ __all__ += ["secant"]
 _NEAR = {torch.float64: 1e-6, torch.float32: 1e-3}
 _NEAR_HALF = 3e-2
 _SMOOTH_NAMES = """
-gelu silu sigmoid tanh softplus mish log_sigmoid exp expm1 log log1p sqrt rsqrt reciprocal pow square sin cos atan erf
+gelu silu sigmoid tanh softplus mish log_sigmoid exp expm1 exp2 log log1p sqrt rsqrt reciprocal pow square sin cos atan
+erf erfc
 """
 _SMOOTH = frozenset(_SMOOTH_NAMES.split())
 #: Those that bend ever more towards 0: there "near" is relative to |u| and |u'|.
@@ -73,6 +84,15 @@ def quotient(step: Step, given: Tensor) -> Cotangents:
     """a / b as the product of a and 1/b, whose slope is -1 / (b b')."""
     (a, a_ref), (b, b_ref) = step.operand(0), step.operand(1)
     return _joined(step, given * (1 / b + 1 / b_ref) / 2, -given * (a + a_ref) / 2 / (b * b_ref))
+
+
+def gated(step: Step, given: Tensor) -> Cotangents:
+    """Gated linear unit: the product of the half a of its input and sigmoid(b), b the other half."""
+    dim = step.constant(1, -1)
+    (a, b), (a_ref, b_ref) = (x.chunk(2, dim) for x in step.operand())
+    s, s_ref = b.sigmoid(), b_ref.sigmoid()
+    slope = secant(torch.sigmoid, "sigmoid", b, b_ref, s, s_ref)
+    return {step.source(): torch.cat([given * (s + s_ref) / 2, given * (a + a_ref) / 2 * slope], dim)}
 
 
 def maximum(step: Step, given: Tensor) -> Cotangents:
