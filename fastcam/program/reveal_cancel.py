@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .capture import Program
 from .multipliers import accumulate
-from .nodes import Node, following_values, map_refs
+from .nodes import Node, following_values, map_refs, reads_size_alone
 from .signed_steps import Multipliers, Parts, SignedRule, SignedStep, by_sign, parts_of, signed_rule_for
 from .transpose import Cotangent
 
@@ -52,7 +52,9 @@ class SignedWalk:
         following = following_values(feature, head)
         numbers = set(following)  # and what comparisons and the like make of them
         for node in head:
-            if node.kind != "size" and not numbers.isdisjoint(node.refs()):
+            made_of_numbers = numbers.intersection(node.refs())
+            constant = node.kind == "size" or (made_of_numbers <= following and reads_size_alone(node, numbers))
+            if made_of_numbers and not constant:
                 numbers.add(node.index)
         self._steps: list[tuple[Node, frozenset[int], SignedRule | None]] = []
         for node in head:

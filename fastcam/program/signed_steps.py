@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .nodes import Node, Ref, map_refs, op_name
-from .rescale import AFFINE, ELEMENTWISE, Step, UnsupportedOpError, maxima, rule_for
+from .rescale import AFFINE, ELEMENTWISE, Step, UnsupportedOpError, maxima, pointwise, rule_for
 from .rescale.pointwise import secant
 from .transpose import Cotangent, transpose
 
@@ -244,7 +244,11 @@ def _move_back(step: SignedStep, saved: Saved, given: Multipliers) -> dict[int, 
 
 
 def _function(step: SignedStep) -> tuple[Parts, Saved]:
-    """y+ = [f(u'+p) - f(u') + f(u'+p+n) - f(u'+n)] / 2, y- likewise; their slopes over p and n are the multipliers."""
+    """y+ = [f(u'+p) - f(u') + f(u'+p+n) - f(u'+n)] / 2, y- likewise; their slopes over p and n are the multipliers.
+
+    Where u'+p or u'+n lies outside the domain of f (a negative number at a root or logarithm, across the pole of 1/u),
+    both parts have Rescale's slope [f(u) - f(u')] / (u - u'), which is complete too.
+    """
     u, other, p, n = step.parts[step.source]
     name = op_name(step.node.target)
 
@@ -264,7 +268,27 @@ def _function(step: SignedStep) -> tuple[Parts, Saved]:
 
     y, y_p, y_n, y_both = values
     positive, negative = ((y_p - y) + (y_both - y_n)) / 2, ((y_n - y) + (y_both - y_p)) / 2
-    return Parts(y, y_both, positive, negative), (slope(p, (0, 1), (2, 3)), slope(n, (0, 2), (1, 3)))
+    rising, falling = slope(p, (0, 1), (2, 3)), slope(n, (0, 2), (1, 3))
+    if name in _BOUNDED:
+        outside = ~(y_p.isfinite() & y_n.isfinite())
+        if name == "reciprocal" or (name == "pow" and _has_pole(step.node)):
+            outside = outside | ((u + p).sign() != u.sign()) | ((u + n).sign() != u.sign())
+        whole = secant(f, name, other, u, y_both, y)
+        rising, falling = (torch.where(outside, whole, one) for one in (rising, falling))
+        positive, negative = torch.where(outside, whole * p, positive), torch.where(outside, whole * n, negative)
+    return Parts(y, y_both, positive, negative), (rising, falling)
+
+
+def _has_pole(power: Node) -> bool:
+    exponent = power.args[1]
+    return isinstance(exponent, (int, float)) and exponent < 0
+
+
+#: Functions that are not defined, or not continuous, on all numbers.
+_BOUNDED_NAMES = """
+log log1p log2 log10 sqrt rsqrt reciprocal pow asin acos acosh atanh erfinv logit lgamma
+"""
+_BOUNDED = frozenset(_BOUNDED_NAMES.split())
 
 
 def _function_back(step: SignedStep, saved: Saved, given: Multipliers) -> dict[int, Multipliers]:
@@ -273,33 +297,33 @@ def _function_back(step: SignedStep, saved: Saved, given: Multipliers) -> dict[i
     return {step.source: Multipliers(positive * rising, negative * falling)}
 
 
-# --- maxima: the Rescale rule on the whole difference ---
+# --- maxima, quotients and gated linear units: the Rescale rule on the whole difference ---
 
 
 def _window(step: SignedStep) -> tuple[Parts, Saved]:
-    u, other, _, _ = step.parts[step.source]
+    read = {ref: (one.reference, one.target) for ref, one in step.parts.items()}
     reference, target = step.passes()
     if isinstance(reference, Tensor):
         difference = target - reference
-        return Parts(reference, target, *parts_of(difference)), (u, other, difference)
+        return Parts(reference, target, *parts_of(difference)), (read, difference)
     difference = target[0] - reference[0]
     positive, negative = parts_of(difference)
-    return Parts(reference, target, (positive,), (negative,)), (u, other, difference)
+    return Parts(reference, target, (positive,), (negative,)), (read, difference)
 
 
 def _window_back(step: SignedStep, saved: Saved, given: Multipliers) -> dict[int, Multipliers]:
-    u, other, difference = saved
+    read, difference = saved
     first = [part[0] if isinstance(part, dict) else part for part in given]
-    constants = {ref: step.get(ref) for ref in step.node.refs() if ref != step.source}
+    constants = {ref: step.get(ref) for ref in step.node.refs() if ref not in read}
     rescale = Step(
         step.node,
-        frozenset({step.source}),
-        constants | {step.source: other},
-        constants | {step.source: u},
+        frozenset(read),
+        constants | {ref: target for ref, (_, target) in read.items()},
+        constants | {ref: reference for ref, (reference, _) in read.items()},
         step.shapes,
     )
-    whole = rule_for(step.node, rescale.active).apply(rescale, by_sign(difference, Multipliers(*first)))[step.source]
-    return {step.source: Multipliers(whole, whole)}
+    found = rule_for(step.node, rescale.active).apply(rescale, by_sign(difference, Multipliers(*first)))
+    return {ref: Multipliers(whole, whole) for ref, whole in found.items()}
 
 
 _WEIGHTED = SignedRule(_weigh, _weigh_back)
@@ -333,14 +357,18 @@ def signed_rule_for(node: Node, differing: frozenset[int], numbers: frozenset[in
             rule = None
         if alone and leads and (rule is ELEMENTWISE or name in ("relu", "leaky_relu")):
             return _FUNCTION
-        if rule is not None and rule.apply in (maxima.max_pool, maxima.maximum):
+        if rule is not None and rule.apply in _WHOLE:
             return _WINDOW
         if rule is AFFINE and node.kind not in ("conv", "linear", "matmul", "mul", "norm") and _non_negative(node):
             return _MOVED
     raise UnsupportedOpError(
-        f"no RevealCancel rule for {name} at {node}: it has rules for affine steps, functions of one value and maxima; "
-        "rule='rescale' also knows products of activations, softmax and norms"
+        f"no RevealCancel rule for {name} at {node}: it has rules for affine steps, functions of one value, maxima and "
+        "quotients; rule='rescale' also knows products of activations, softmax and norms"
     )
+
+
+#: Rules of Rescale that RevealCancel takes over.
+_WHOLE = (maxima.max_pool, maxima.maximum, maxima.minimum, pointwise.quotient, pointwise.gated)
 
 
 def _non_negative(node: Node) -> bool:

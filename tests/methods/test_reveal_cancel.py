@@ -312,6 +312,54 @@ def test_callable_targets(nets):
     close(explain(nets["vgg"], x, base, lambda y: 2 * y[:, 1]).raw, 2 * explain(nets["vgg"], x, base, 1).raw)
 
 
+DOMAINS = {
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "power": lambda v: v**0.5,
+    "log": torch.log,
+    "log1p": lambda v: torch.log1p(v - 1),
+    "reciprocal": torch.reciprocal,
+    "inverse square": lambda v: v**-2,
+    "quotient": lambda v: 3 / v,
+}
+
+
+@pytest.mark.parametrize("name", DOMAINS)
+def test_outside_the_domain_of_a_function_parts_have_its_secant(name):
+    """f(1 + a - b) for (a, b) = (3, 2): without a, the function would be asked at -1."""
+    f = DOMAINS[name]
+
+    def of(a, b):
+        return f(1 + a - b)
+
+    total = float(f(torch.tensor(2.0, dtype=torch.float64)) - f(torch.tensor(1.0, dtype=torch.float64)))
+    assert toy(of, 3.0, 2.0) == pytest.approx([3 * total, -2 * total], rel=1e-12)
+    assert toy(of, 3.0, 2.0, rule="rescale") == pytest.approx([3 * total, -2 * total], rel=1e-12)
+    # Inside the domain the two orders count, as at any other function: a first, and b first.
+    end, up, down, start = (float(f(torch.tensor(v, dtype=torch.float64))) for v in (3.5, 4.0, 0.5, 1.0))
+    want = [((up - start) + (end - down)) / 2, ((down - start) + (end - up)) / 2]
+    assert toy(of, 3.0, 0.5) == pytest.approx(want, rel=1e-12)
+
+
+def test_softsign_glu_and_numbers_written_into_slices():
+    class Few(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(4, 5)
+
+        def forward(self, x):
+            y = functional.glu(functional.softsign(self.conv(x)), 1) + torch.ones_like(x[:, :1, 1:-1, 1:-1])
+            y[:, 0] = 0.5
+            y[..., 0].zero_()
+            return self.fc(functional.relu(y - 1).mean((2, 3)))
+
+    net, x, base = models.seeded(Few).double(), images(), images(seed=1)
+    for reference in (base, base[:1]):
+        got = explain(net, x, reference, [4, 1, 2])
+        assert got.delta.abs().max() <= 1e-12 * float(got.raw.abs().sum((1, 2)).max())
+    close(explain(net, base, x, 1).raw, -explain(net, x, base, 1).raw, 1e-10)
+
+
 # --- errors ---
 
 
