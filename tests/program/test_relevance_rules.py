@@ -262,10 +262,30 @@ def test_same_padding_is_symmetric_padding(kernel, dilation):
 METHODS_OF_LAYERS = ("lrp", "rap", "attribution_equilibrium")
 
 
-def test_padding_that_is_not_symmetric_is_refused():
-    net = nn.Sequential(nn.Conv2d(3, 4, 2, padding="same"), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
-    with pytest.raises(fastcam.UnsupportedOpError, match="pads one side more"):
-        fastcam.attribute(net, torch.randn(1, 3, 8, 8), "lrp")
+@pytest.mark.parametrize("kernel", [(2, 2), (3, 4)], ids=str)
+def test_same_padding_of_even_kernels_is_padding_and_convolution(kernel):
+    """Every rule, matrix by matrix: the columns of the padding taken out of the matrix of the unpadded convolution."""
+    torch.manual_seed(0)
+    same = nn.Conv2d(2, 3, kernel, padding="same").double()
+    x = torch.randn(2, 2, 4, 5, dtype=torch.float64)
+    r = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    pairs = {change: matrix(same, (1, *x.shape[1:]), change) for change in (_own, torch.square, torch.ones_like)}
+    pads = [k - 1 for k in kernel]
+    geometry = Geometry(2, False, (1, 1), tuple(n // 2 for n in pads), (1, 1), 1, (), tuple(n % 2 for n in pads))
+    weight, bias = same.weight.detach(), same.bias.detach()
+    torch.testing.assert_close(geometry.apply(x, weight, bias), same(x).detach())
+    for name, rule in RULES.items():
+        layer = Layer(geometry, x, None, weight, bias, True, ModifiedWeights())
+        found = rule.send(layer, rule.prepare(layer), Relevance(r)).tensor()
+        want = expected(rule, same, x, r, pairs)
+        assert float((found - want).abs().max() / want.abs().max()) < 1e-10, name
+    net = nn.Sequential(same, nn.ReLU(), nn.Conv2d(3, 4, 2, padding="same"), nn.ReLU(), nn.AdaptiveAvgPool2d(1))
+    net = nn.Sequential(*net, nn.Flatten()).double().eval()
+    spelled = nn.Sequential(net[0], net[1], nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(3, 4, 2).double(), *net[3:]).eval()
+    spelled[3].load_state_dict(net[2].state_dict())
+    for method in METHODS_OF_LAYERS[::2]:
+        one, other = (fastcam.attribute(m, x, method, targets=1, normalize=False).maps for m in (net, spelled))
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("method", ["lrp", "attribution_equilibrium"])
@@ -286,11 +306,8 @@ def test_a_registered_rule_comes_before_every_other(method, monkeypatch):
     fastcam.register_relevance_rule("aten::group_norm", rule)
     assert fastcam.attribute(net, images, method, targets=0).maps.isfinite().all()
     assert len(seen) == 1
-    odd = nn.Sequential(nn.Conv2d(3, 3, 2, padding="same"), net).double().eval()
-    with pytest.raises(fastcam.UnsupportedOpError, match="pads one side more"):
-        fastcam.attribute(odd, images, "lrp")
     fastcam.register_relevance_rule("aten::conv2d", "gradient")
-    assert fastcam.attribute(odd, images, method, targets=0).maps.isfinite().all()
+    assert fastcam.attribute(net, images, method, targets=0).maps.isfinite().all()
 
 
 POOLS = {
@@ -351,6 +368,101 @@ class Selecting(nn.Module):
 
     def forward(self, x):
         return self.head(self.select(x).flatten(1))
+
+
+def written(x):
+    y = 2 * x
+    y[..., 0] = 0.5
+    y[:, :, 1].zero_()
+    return y
+
+
+def masked(x):
+    return x.masked_fill(torch.arange(4) == 0, 0.5)
+
+
+#: The constant operand of the linear maps below.
+MATRIX = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+
+#: What lets relevance through where it stands, and the factor of each entry: 0 where a constant was written.
+PASSED = {
+    "one minus": (lambda x: 1 - x, None),
+    "scaled rsub": (lambda x: torch.rsub(x, 2.0, alpha=3), None),
+    "softsign": (functional.softsign, None),
+    "softshrink": (lambda x: functional.softshrink(x, 0.1), None),
+    "hardshrink": (lambda x: functional.hardshrink(x, 0.1), None),
+    "zeros_like": (lambda x: x + torch.zeros_like(x) + torch.fill(x, 2.0), None),
+    "written": (written, ((..., 0), (slice(None), slice(None), 1))),
+    "masked_fill": (masked, ((..., 0),)),
+}
+
+
+@pytest.mark.parametrize("name", PASSED)
+def test_functions_and_writes_pass_relevance_where_it_stands(name):
+    select, blank = PASSED[name]
+    torch.manual_seed(0)
+    x = torch.randn(2, 1, 3, 4, dtype=torch.float64)
+    model = Selecting(select).double().eval()
+    z = select(x).detach()
+    products = z.flatten(1) * model.head.weight.detach()[[0, 2]]
+    want = (products / products.sum(1, keepdim=True)).reshape(z.shape)
+    for place in blank or ():
+        want[place] = 0
+    torch.testing.assert_close(relevance_of(model, x), want, rtol=1e-10, atol=1e-12)
+
+
+def relevance_of(model, x, composite="epsilon_plus"):
+    return fastcam.attribute(
+        model, x, "lrp", composite=composite, epsilon=0.0, targets=[0, 2], normalize=False, return_relevance=True
+    ).extra["relevance"]
+
+
+def test_differences_of_two_share_with_their_signs():
+    """rsub(a, b, alpha=3) = b - 3 a: each in proportion to its own part of the result."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 3, 4, dtype=torch.float64)
+    model = Selecting(lambda x: torch.rsub(x[:, :1], x[:, 1:], alpha=3)).double().eval()
+    z = x[:, 1:] - 3 * x[:, :1]
+    products = z.flatten(1) * model.head.weight.detach()[[0, 2]]
+    above = (products / products.sum(1, keepdim=True)).reshape(z.shape)
+    z = z + 1e-6 * z.sign()
+    found = relevance_of(model, x)
+    torch.testing.assert_close(found, torch.cat([-3 * x[:, :1], x[:, 1:]], 1) * above / z, rtol=1e-8, atol=1e-10)
+
+
+def test_gated_linear_units_give_all_to_the_gated_half():
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 3, 4, dtype=torch.float64)
+    model = Selecting(lambda x: functional.glu(x, 1)).double().eval()
+    products = functional.glu(x, 1).flatten(1) * model.head.weight.detach()[[0, 2]]
+    above = (products / products.sum(1, keepdim=True)).reshape(2, 1, 3, 4)
+    torch.testing.assert_close(relevance_of(model, x), torch.cat([above, torch.zeros_like(above)], 1))
+
+
+@pytest.mark.parametrize("spelled", ["einsum", "tensordot"])
+def test_einsum_with_one_constant_is_a_linear_map(spelled):
+    """The epsilon rule on the step's dense matrix; other rules of linear layers are refused by name."""
+
+    def select(x):
+        if spelled == "einsum":
+            return torch.einsum("kw,bchw->bhkc", MATRIX, x)
+        return torch.tensordot(x, MATRIX.mT, 1)
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 1, 3, 4, dtype=torch.float64)
+    model = Selecting(select).double().eval()
+    weight = torch.stack(
+        [select(one).flatten() for one in torch.eye(12, dtype=torch.float64).reshape(12, 1, 1, 3, 4)], 1
+    )
+    z = x.flatten(1) @ weight.T
+    products = z * model.head.weight.detach()[[0, 2]]
+    above = products / products.sum(1, keepdim=True)
+    want = torch.einsum("bji,bj->bi", weight * x.flatten(1).unsqueeze(1), above / z).reshape(x.shape)
+    found = relevance_of(model, x)
+    torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(found.flatten(1).sum(1), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-9)
+    with pytest.raises(fastcam.UnsupportedOpError, match=f"no relevance rule for aten::{spelled} .*not ZPlus"):
+        relevance_of(model, x, "excitation_backprop")
 
 
 SELECTIONS = {

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..nodes import Node
+from ..nodes import Node, op_name
+from . import steps
 from .layer import is_weighted
 from .rules import (
     AlphaBeta,
@@ -26,7 +27,7 @@ from .rules import (
     ZBox,
     ZPlus,
 )
-from .walk import RelevanceWalk, Way, general_way, weighted_way
+from .walk import RelevanceWalk, Way, general_way, unsupported, weighted_way
 
 __all__ = ["COMPOSITES", "Composite", "as_captum", "named"]
 
@@ -103,6 +104,11 @@ class Composite:
             kind = "conv" if node.kind == "conv" else "linear"
             rule = self.weighted(kind, node.module, node.index in walk.first)
             return weighted_way(walk, node, active, rule)
+        if op_name(node.target) in ("einsum", "tensordot") and sum(ref in active for ref in node.refs()) == 1:
+            linear = self.weighted("linear", node.module, False)
+            if not isinstance(linear, (Epsilon, Gradient)):
+                raise unsupported(node, f"its rules are Epsilon and Gradient, not {type(linear).__name__}")
+            return Way(lambda step, given: steps.linear_map(step, linear, given), isinstance(linear, Epsilon))
         exception = self.exception(node.module)
         rules = {
             "activation": self.activation,

@@ -82,7 +82,7 @@ class Equilibrium:
         geometry = geometry_in(walk.program, node)
         source = node.args[0]
         if geometry is None or not isinstance(source, Ref) or active != frozenset({source.index}):
-            raise unsupported(node, "its weight depends on the image, or it pads one side more than the other")
+            raise unsupported(node, "its weight depends on the image, or its sizes do")
 
         def take(step: StepView, given: list[Any]) -> Given:
             found = weight_and_bias(node, step.get)

@@ -8,7 +8,7 @@ every rule is written for non-negative inputs only.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -82,6 +82,7 @@ class Geometry:
     dilation: tuple[int, ...] = ()
     groups: int = 1
     output_padding: tuple[int, ...] = ()
+    trailing: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, node: Node, kernel: tuple[int, ...] = ()) -> Geometry | None:
@@ -113,9 +114,11 @@ class Geometry:
             return None
         if isinstance(padding, str):
             pads = [d * (k - 1) for d, k in zip(dilation, kernel, strict=False)] if padding == "same" else [0] * rank
-            if len(pads) != rank or any(each % 2 for each in pads):
+            if len(pads) != rank:
                 return None
-            return cls(rank, False, stride, tuple(each // 2 for each in pads), dilation, groups)
+            trailing = tuple(each % 2 for each in pads)
+            even = tuple(each // 2 for each in pads)
+            return cls(rank, False, stride, even, dilation, groups, trailing=trailing if any(trailing) else ())
         return cls(rank, False, stride, each(4, "padding", 0) or (), dilation, groups)
 
     @property
@@ -124,6 +127,8 @@ class Geometry:
 
     def apply(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """The step itself."""
+        if self.trailing:
+            x = functional.pad(x, [n for extra in reversed(self.trailing) for n in (0, extra)])
         if self.rank == 0:
             return functional.linear(x, weight, bias)
         if self.transposed:
@@ -136,6 +141,10 @@ class Geometry:
 
     def back(self, s: Tensor, weight: Tensor, shape: torch.Size, cache: ModifiedWeights) -> Tensor:
         """The transpose of the step without bias, for an input of this shape."""
+        if self.trailing:
+            spatial = [n + extra for n, extra in zip(shape[2:], self.trailing, strict=True)]
+            found = replace(self, trailing=()).back(s, weight, torch.Size([*shape[:2], *spatial]), cache)
+            return found[tuple(slice(0, n) for n in shape)]
         if self.rank == 0:
             return s @ weight
         if self.transposed:

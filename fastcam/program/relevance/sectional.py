@@ -58,7 +58,13 @@ class Sectional:
 def _convolution(walk: RelevanceWalk, node: Node, active: frozenset[int]) -> Way:
     geometry = geometry_in(walk.program, node)
     source = node.args[0]
-    if geometry is None or geometry.transposed or geometry.rank == 0 or not isinstance(source, Ref):
+    if (
+        geometry is None
+        or geometry.trailing
+        or geometry.transposed
+        or geometry.rank == 0
+        or not isinstance(source, Ref)
+    ):
         raise unsupported(node, "RSP passes convolutions only, padded alike on both sides")
 
     def take(step: StepView, given: list[Any]) -> Given:

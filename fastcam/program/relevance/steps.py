@@ -28,6 +28,8 @@ __all__ = [
     "activation",
     "average",
     "derivative",
+    "gated",
+    "linear_map",
     "max_pool",
     "moved",
     "norm",
@@ -189,7 +191,7 @@ def summed(step: StepView, rule: Rule, given: list[Any]) -> Given:
         return found
     assert isinstance(rule, Norm)
     factor = step.node.kwargs.get("alpha", 1)
-    signs = (1, factor if op_name(step.node.target) == "add" else -factor)
+    signs = {"add": (1, factor), "sub": (1, -factor), "rsub": (-factor, 1)}[op_name(step.node.target)]
     parts = [step.get(ref) if sign == 1 else step.get(ref) * sign for ref, sign in zip(operands, signs, strict=True)]
     if operands[0] == operands[1]:
         return {operands[0]: given}
@@ -220,6 +222,24 @@ def product(step: StepView, rule: Rule, given: list[Any]) -> Given:
     if step.shapes[source] != given[0].values.shape:
         return {source: [Relevance(one.tensor().sum_to_size(step.shapes[source])) for one in given]}
     return {source: given}
+
+
+def gated(step: StepView, rule: Rule, given: list[Any]) -> Given:
+    """Gated linear unit, a sigmoid(b) for the halves a, b of one tensor: all to a, as at other gates."""
+    if isinstance(rule, Gradient):
+        return derivative(step, rule, given)
+    dim = step.node.args[1] if len(step.node.args) > 1 else -1
+    whole = [one.tensor() for one in given]
+    return {step.source: [Relevance(torch.cat([r, torch.zeros_like(r)], dim)) for r in whole]}
+
+
+def linear_map(step: StepView, rule: Epsilon | Gradient, given: list[Any]) -> Given:
+    """R' = x J^T (R / st(J x)) for a step z = J x without bias; J^T R with the rule Gradient."""
+    if isinstance(rule, Gradient):
+        return moved(step, rule, given)
+    result = step.run(step.get)
+    found = moved(step, rule, [Relevance(_share(one.tensor(), result, rule.epsilon)) for one in given])
+    return {ref: [Relevance(one.tensor(), step.get(ref)) for one in many] for ref, many in found.items()}
 
 
 def activation(step: StepView, rule: Rule, given: list[Any]) -> Given:

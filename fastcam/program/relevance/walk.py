@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..capture import Program
 from ..execute import Schedule
-from ..nodes import ACTIVATIONS, LEAVES, Node, Ref, op_name
+from ..nodes import ACTIVATIONS, LEAVES, Node, Ref, op_name, reads_size_alone
 from ..rescale import UnsupportedOpError
 from . import steps
 from .layer import Geometry, Layer, ModifiedWeights, is_weighted, weight_and_bias
@@ -68,6 +68,8 @@ reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication
 unfold gather copy masked_fill
 """
 _MOVES = frozenset(_MOVE_NAMES.split())
+#: Odd functions, and |x| = x sign(x): what leaves one came in through its input, as at the activations of `nodes`.
+_ODD = frozenset(["abs", "asinh", "atan", "erf", "hardshrink", "sinh", "softshrink"])
 _DROPPED_OUT = frozenset(["dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"])
 _AVERAGES = frozenset(["mean", "sum"])
 #: Each element is that of one of the operands, which its derivative says; of equal ones half each.
@@ -156,7 +158,7 @@ class RelevanceWalk:
         varies = {stop}
         for node in nodes:
             active = frozenset(ref for ref in node.refs() if ref in varies)
-            if not active or node.kind == "size":
+            if not active or node.kind == "size" or reads_size_alone(node, active):
                 continue
             if node.dtype is not None and not node.dtype.is_floating_point:
                 continue
@@ -295,7 +297,7 @@ def weighted_way(walk: RelevanceWalk, node: Node, active: frozenset[int], rule: 
     place = 1 if op_name(node.target) == "addmm" else 0
     source = node.args[place]
     if geometry is None or not isinstance(source, Ref) or active != frozenset({source.index}):
-        raise unsupported(node, "its weight depends on the image, or it pads one side more than the other")
+        raise unsupported(node, "its weight depends on the image, or its sizes do")
     signed = source.index not in walk.nonnegative
 
     def take(step: StepView, given: list[Any]) -> Given:
@@ -322,7 +324,7 @@ def general_way(node: Node, active: frozenset[int], rules: Mapping[str, Rule]) -
         return bound(steps.passed, Pass(), inputs=False)
     if node.kind in ("reshape", "cat", "pad") or name in _MOVES:
         return bound(steps.moved, Pass(), inputs=False)
-    if node.kind == "activation" or name in ACTIVATIONS:
+    if node.kind == "activation" or name in ACTIVATIONS or name in _ODD:
         rule = rules["activation"]
         return bound(steps.activation, rule, inputs=not isinstance(rule, Pass))
     if name.startswith(("max_pool", "adaptive_max_pool")) or name in ("amax", "fractional_max_pool2d"):
@@ -330,12 +332,15 @@ def general_way(node: Node, active: frozenset[int], rules: Mapping[str, Rule]) -
     if node.kind in ("pool", "resize") or name in _AVERAGES:
         rule = rules["pool"]
         return bound(steps.average, rule, inputs=not isinstance(rule, Gradient))
-    if name in ("add", "sub"):
+    if name in ("add", "sub", "rsub"):
         rule = rules["add"]
         return bound(steps.summed, rule, inputs=not isinstance(rule, (Pass, Gradient)))
     if name in ("mul", "div") and not node.kwargs:
         rule = rules["product"]
         return bound(steps.product, rule, inputs=isinstance(rule, Gradient))
+    if name == "glu":
+        rule = rules["product"]
+        return bound(steps.gated, rule, inputs=isinstance(rule, Gradient))
     if name in _SELECTIONS:
         return bound(steps.derivative, Gradient())
     if name in _NORMS:
