@@ -32,7 +32,7 @@ def messages(rule, r, z, p, first, second, epsilon, eps) -> tuple[float, float]:
     if rule == "alpha_beta":
         return first * quotient(r, p, epsilon), 0.0 if n == 0 else -second * quotient(r, n, epsilon)
     if rule == "gamma":
-        u = 0.0 if z <= 0 else quotient(r, z + first * p, epsilon)
+        u = quotient(0.0 if z <= 0 else r, z + first * p, epsilon)
         return u, 0.0 if z >= 0 else quotient(r, z + first * n, epsilon)
     above, below = 0.0 if r <= 0 else r, 0.0 if r >= 0 else r
     return quotient(above, p), quotient(below, -n) + quotient(r, p - n)
