@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastcam._dtypes import accumulation_dtype
 from fastcam._network import Network, check_images, warn_if_training
+from fastcam._weights_hash import kept_hash
 from fastcam.gallery import Gallery
 from fastcam.methods import pair
 from fastcam.program.capture import Program
@@ -36,6 +38,8 @@ _ONE_FOR_ONE = (
 )
 #: What a side of a comparison may be given as.
 Side: TypeAlias = Tensor | Gallery
+#: Many images or features: all of them, or batches.
+Batches: TypeAlias = "Tensor | np.ndarray[Any, Any] | Iterable[Tensor | np.ndarray[Any, Any]]"
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,20 +80,19 @@ class EmbeddingNetwork(Network):
         self.method = pair(method)
         self.options = self.method.make_options(options)
 
-    def gallery(
-        self, images: Tensor | Iterable[Tensor], labels: Tensor | Sequence[int] | None = None, *, chunk: int = 32
-    ) -> Gallery:
+    def gallery(self, images: Batches, labels: Tensor | Sequence[int] | None = None, *, chunk: int = 32) -> Gallery:
         """Features and embeddings of images (N, C, *spatial), or of batches of them, run `chunk` at a time."""
         with neutral_modes():
             parts = [self._side(part) for part in _chunks(images, "images", chunk)]
         if len({part.image for part in parts}) > 1:
             raise ValueError("the images of a gallery must have one size; make one gallery for each")
         features, embeddings = [part.features for part in parts], [part.embeddings for part in parts]
-        return _gathered(parts[0], features, embeddings, labels)
+        weights = self._weights_before(parts[0].session)
+        return _gathered(parts[0], features, embeddings, labels, weights)
 
     def gallery_of_features(
         self,
-        features: Tensor | Iterable[Tensor],
+        features: Batches,
         image: Sequence[int],
         labels: Tensor | Sequence[int] | None = None,
         *,
@@ -97,11 +100,13 @@ class EmbeddingNetwork(Network):
     ) -> Gallery:
         """The gallery of images whose features were computed before: only what follows the layer runs.
 
-        features  (N, K, *spatial) as the layer gives them, or batches of them; brought to the network's dtype and
-                  device
+        features  (N, K, *spatial) as the layer gives them, or batches of them: tensors or NumPy arrays, also in files
+                  (`numpy.load(..., mmap_mode="r")`); brought to the network's dtype and device
         image     (C, *spatial), the size of the images they are of
 
-        Raises ValueError for features of another shape, and for a network whose embeddings do not follow from them.
+        Which weights made the features is not known here, so the gallery's `weights` is None and nothing checks them.
+        Raises TypeError for what is neither tensor nor array; ValueError for features of another shape, and for a
+        network whose embeddings do not follow from them.
         """
         image = tuple(int(size) for size in image)
         blank = self._blank(image)
@@ -121,7 +126,7 @@ class EmbeddingNetwork(Network):
             kept.append(part)
             embeddings.append(self._from_features(session, some)[: len(part)])
         side = SideOfPair(session, kept[0], embeddings[0], image, length)
-        return _gathered(side, kept, embeddings, labels)
+        return _gathered(side, kept, embeddings, labels, None)
 
     def _side(self, given: Side) -> SideOfPair:
         if isinstance(given, Gallery):
@@ -176,7 +181,14 @@ class EmbeddingNetwork(Network):
         return session, length
 
     def _check_origin(self, gallery: Gallery, session: Session) -> None:
-        """That the gallery's embeddings are what this network makes of its features."""
+        """That the gallery's features are of these weights, as far as is known, and its embeddings what this network
+        makes of them."""
+        weights = gallery.weights and self._weights_before(session)
+        if weights != gallery.weights:
+            raise ValueError(
+                f"the gallery's features were computed with other weights ({gallery.weights}) than this network has up "
+                f"to layer '{session.layer}' ({weights}); make it anew with explainer.gallery(images)"
+            )
         if not isinstance(session, CapturedSession) or session.cut.bypass or len(gallery) == 0:
             return
         features, found = gallery.features[:1], gallery.embeddings[:1]
@@ -190,6 +202,11 @@ class EmbeddingNetwork(Network):
             "makes of its features: it was made by another model, with other weights, another pooling or precision; "
             "make it anew with explainer.gallery(images)"
         )
+
+    def _weights_before(self, session: Session) -> str:
+        """Hash of the weights that the layer's features depend on; of all, where the network is not captured."""
+        leaves = session.weights_before() if isinstance(session, CapturedSession) else self.model.state_dict()
+        return kept_hash(self.model, leaves)
 
     def _from_features(self, session: CapturedSession, features: Tensor) -> Tensor:
         """The embeddings that follow from features alone."""
@@ -259,25 +276,37 @@ class EmbeddingNetwork(Network):
         return summed(found)
 
 
-def _chunks(given: Tensor | Iterable[Tensor], what: str, size: int) -> Iterator[Tensor]:
+def _chunks(given: Batches, what: str, size: int) -> Iterator[Tensor]:
     """Parts of at most `size` rows."""
     if size < 1:
         raise ValueError(f"chunk must be at least 1; got {size}")
-    batches = [given] if isinstance(given, Tensor) else given
+    batches = [given] if isinstance(given, (Tensor, np.ndarray)) else given
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"{what} must be a tensor, an array, or batches of them; got {type(given).__name__}")
     empty = True
     for batch in batches:
         empty = False
-        yield from batch.split(size)
+        if not isinstance(batch, (Tensor, np.ndarray)):
+            raise TypeError(f"{what} must be a tensor, an array, or batches of them; got a batch {batch!r:.60}")
+        if batch.ndim == 0:
+            raise ValueError(f"{what} must be (N, ...); got a single number")
+        for start in range(0, len(batch), size) or (0,):
+            part = batch[start : start + size]
+            # Copied: arrays in files may not be written to, which torch warns of.
+            yield part if isinstance(part, Tensor) else torch.from_numpy(np.array(part))
     if empty:
         raise ValueError(f"a gallery needs at least one batch of {what}")
 
 
-def _gathered(first: SideOfPair, features: list[Tensor], embeddings: list[Tensor], labels: Any) -> Gallery:
+def _gathered(
+    first: SideOfPair, features: list[Tensor], embeddings: list[Tensor], labels: Any, weights: str | None
+) -> Gallery:
     count = sum(len(part) for part in features)
     given = None if labels is None else integers(labels, "labels")
     if given is not None and tuple(given.shape) != (count,):
         raise ValueError(f"labels must be ({count},), one for each image; got {tuple(given.shape)}")
-    return Gallery(torch.cat(features), torch.cat(embeddings), given, first.image, first.session.layer, first.length)
+    together = torch.cat(features), torch.cat(embeddings)
+    return Gallery(*together, given, first.image, first.session.layer, first.length, weights)
 
 
 def integers(given: Any, name: str, device: torch.device | None = None) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 
 from fastcam.backends import backend
 
-__all__ = ["graph_holds_ops", "traced", "tracing"]
+__all__ = ["graph_holds_ops", "traced", "tracing", "transformed"]
 
 _TRACING: ContextVar[bool] = ContextVar("fastcam_tracing", default=False)
 
@@ -28,6 +28,11 @@ def graph_holds_ops() -> bool:
     """Whether an op is written into a compiler's graph as it is, its backend to be chosen when the graph runs."""
     compiler = torch.compiler
     return compiler.is_dynamo_compiling() or (compiler.is_compiling() and not tracing())
+
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func` (vmap, grad, jvp, ...) is running the code."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
 @contextlib.contextmanager

@@ -27,6 +27,8 @@ class Gallery:
     image       an image's own (C, *spatial)
     layer       name of the layer
     length      that the network brings its embeddings to in the end, or None (these are from before that)
+    weights     hash of the weights that the features were computed with, or None: not known, as of features that were
+                computed elsewhere
     """
 
     features: Tensor
@@ -35,6 +37,12 @@ class Gallery:
     image: tuple[int, ...]
     layer: str
     length: float | None
+    weights: str | None = None
+
+    def __repr__(self) -> str:
+        made = f"weights {self.weights}" if self.weights else "of unknown weights"
+        shape = ", ".join(str(size) for size in self.features.shape)
+        return f"Gallery(layer={self.layer!r}, features=({shape}) {self.features.dtype}, {made})"
 
     def __len__(self) -> int:
         return len(self.features)
@@ -57,10 +65,11 @@ class Gallery:
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Gallery:
         """The gallery that `save` wrote; reads no pickled code. Raises ValueError for another file.
 
-        An explainer that uses it compares what its network makes of the first features with the embedding stored.
+        An explainer that uses it compares the hash of its weights with the one stored, and what its network makes of
+        the first features with their embedding.
         """
         found = read_tensors(path, "gallery", device)
         names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(found, dict) or set(found) != names:
+        if not isinstance(found, dict) or set(found) | {"weights"} != names:
             raise ValueError(f"{path} is no gallery: it was not written by Gallery.save")
         return cls(**found)

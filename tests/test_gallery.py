@@ -6,12 +6,14 @@ import dataclasses
 import operator
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 import fastcam
+from fastcam import _weights_hash
 from fastcam.program.capture import capture
 
 torch.set_num_threads(1)
@@ -72,7 +74,7 @@ def same(one: fastcam.PairAttribution, other: fastcam.PairAttribution) -> None:
 
 
 def alike(one: fastcam.Gallery, other: fastcam.Gallery) -> None:
-    for field in dataclasses.fields(fastcam.Gallery):
+    for field in dataclasses.fields(fastcam.Gallery)[:-1]:  # features computed elsewhere are of unknown weights
         a, b = getattr(one, field.name), getattr(other, field.name)
         if isinstance(b, torch.Tensor):
             torch.testing.assert_close(a, b)
@@ -107,6 +109,64 @@ def test_stored_features_do_not_run_the_body():
         model.body[0].weight.fill_(torch.nan)
     gallery = explainer.gallery_of_features(features, (3, 20, 24))
     torch.testing.assert_close(gallery.embeddings, model.project(features.mean((2, 3))).detach())
+
+
+def test_features_in_arrays(tmp_path):
+    explainer = fastcam.PairExplainer(network())
+    features = torch.rand((5, 7, 5, 6), dtype=torch.float64)
+    wanted = explainer.gallery_of_features(features, (3, 20, 24))
+    np.save(tmp_path / "features.npy", features.numpy())
+    stored = np.load(tmp_path / "features.npy", mmap_mode="r")
+    for given in (stored, [stored[:2], features[2:]]):
+        alike(explainer.gallery_of_features(given, (3, 20, 24), chunk=2), wanted)
+    for wrong in (features.tolist(), 3, "features"):
+        with pytest.raises(TypeError, match=r"features must be a tensor, an array, or batches of them; got"):
+            explainer.gallery_of_features(wrong, (3, 20, 24))
+
+
+@pytest.mark.parametrize("embedding", [None, "avg"])
+def test_galleries_of_other_weights_before_the_layer_are_refused(embedding, tmp_path):
+    """The embeddings still follow from the features; what a head has become counts only where it makes embeddings."""
+    model, a = network(), pictures(2)
+    options = {} if embedding is None else {"embedding": embedding, "layer": "body"}
+    explainer = fastcam.PairExplainer(model, **options)
+    gallery, given = (
+        explainer.gallery(pictures(3, 2)),
+        explainer.gallery_of_features(model.body(pictures(3)), (3, 20, 24)),
+    )
+    assert given.weights is None
+    assert "unknown weights" in repr(given)
+    gallery[1:].save(tmp_path / "gallery.pt")
+    gallery = fastcam.Gallery.load(tmp_path / "gallery.pt")
+    wanted = explainer.cross(a, gallery)
+    same(fastcam.PairExplainer(model, channels_last=True, **options).cross(a, gallery), wanted)
+    with torch.no_grad():
+        model.project[2].weight.mul_(1.5)
+    if embedding:
+        same(explainer.cross(a, gallery), wanted)
+    with torch.no_grad():
+        model.project[2].weight.div_(1.5)
+        kept, model.body[0].bias = model.body[0].bias, nn.Parameter(model.body[0].bias + 1e-9)
+    for one in (explainer, fastcam.PairExplainer(model, **options)):
+        with pytest.raises(ValueError, match=rf"other weights \({gallery.weights}\) than .* up to layer 'body.*anew"):
+            one.cross(a, gallery)
+        one.cross(a, given)
+    model.body[0].bias = kept
+    same(explainer.cross(a, gallery), wanted)
+
+
+def test_weights_are_hashed_once_for_each_state(monkeypatch):
+    model, a, hashed = network(), pictures(2), []
+    monkeypatch.setattr(_weights_hash, "tensors_hash", lambda tensors: hashed.append(len(tensors)) or "hash")
+    explainer = fastcam.PairExplainer(model)
+    gallery = explainer.gallery(pictures(3, 2))
+    for _ in range(2):
+        fastcam.PairExplainer(model).cross(a, gallery)
+    assert hashed == [4]  # of the two convolutions
+    with torch.no_grad():
+        model.body[2].weight.add_(1)
+    explainer.cross(a, gallery)
+    assert hashed == [4, 4]
 
 
 def test_features_stored_in_half_precision_and_none():

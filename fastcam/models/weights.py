@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import re
 from collections.abc import Callable, Iterable
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastcam._weights_hash import tensors_hash
 
 __all__ = ["check_finite", "read_weights", "weights_hash", "with_weights"]
 
@@ -88,18 +89,8 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], origin: Any) -> None:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """SHA-256 of the state dict (names, types, shapes, numbers; sorted by name), its first 32 hexadecimal digits.
-
-    The same on every machine for the same weights, wherever and in whatever file they lie.
-    """
-    state = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, Tensor):  # a module's extra state
-            continue
-        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        values = tensor.detach().cpu().contiguous()
-        state.update(values.reshape(-1).view(torch.uint8).numpy() if values.numel() else b"")
-    return state.hexdigest()[:32]
+    """`tensors_hash` of the state dict."""
+    return tensors_hash(model.state_dict().items())
 
 
 def _classes(state: dict[str, Tensor], own: dict[str, Tensor]) -> int | None:

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from fastcam import ops
 from fastcam._dtypes import accumulation_dtype
+from fastcam._tracing import transformed
 from fastcam.program.state import evaluating
 
 from .truncate import features_of
@@ -49,7 +50,7 @@ class FeatureImportanceNetwork(nn.Module):
 
     Parameters: 36 K^2 + 8 K (kernel 3, squeeze 1); 3 K^2 + O(K) (kernel 1, squeeze 2).
     Shapes: features (B, K, h, w), grey (B, 1, h, w) -> (B, K), positive, sum 1, in the accumulation dtype.
-    Errors: ValueError for an unknown option, or a squeeze that leaves no channel.
+    Errors: ValueError for an unknown option, a squeeze that leaves no channel, or features of another K.
     Source: Lee et al., LFI-CAM, ICCV 2021, arXiv 2105.00937, and its released network.
     """
 
@@ -74,6 +75,7 @@ class FeatureImportanceNetwork(nn.Module):
             raise ValueError(f"input must be 'masked' or 'features'; got {input!r}")
         if channels < 1 or squeeze < 1 or channels // squeeze < 1:
             raise ValueError(f"{channels} channels // squeeze={squeeze} leaves none")
+        self.channels = channels
         self.input = input
         narrow = channels // squeeze
         widths = (channels, channels, narrow, channels, channels) if squeeze > 1 else (channels,) * 5
@@ -88,6 +90,11 @@ class FeatureImportanceNetwork(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, features: Tensor, grey: Tensor) -> Tensor:
+        if features.ndim != 4 or features.shape[1] != self.channels:
+            raise ValueError(
+                f"the importance network was made for channels={self.channels}, features (B, {self.channels}, h, w); "
+                f"got {tuple(features.shape)}"
+            )
         if self.input == "features":
             grey = torch.ones_like(grey)
         pooled = self.layers(_mask(features, grey)).mean((2, 3))
@@ -104,7 +111,7 @@ class LFICAM(nn.Module):
 
     All of it is trained by one cross-entropy loss on the logits; gradients go through both min-max scalings (ties share
     them evenly), and nothing is detached. At inference the attention map costs no gradient; `fastcam.attribute(model,
-    images, "lfi_cam")` reads it at image size.
+    images, "lfi_cam")` gives it at image size, scaled to [0, 1] again.
 
         model = fastcam.nn.LFICAM(fastcam.nn.resnet(20), num_classes=10)
         logits, attention, importance = model(images)
@@ -210,6 +217,11 @@ def _features(
     backbone: nn.Module, layer: str | nn.Module | None, channels: int | None, image_size: tuple[int, int, int]
 ) -> tuple[nn.Module, int]:
     """The part of the backbone that gives the features, and how many there are."""
+    if isinstance(backbone, tuple) and len(backbone) == 2 and all(isinstance(part, nn.Module) for part in backbone):
+        raise TypeError(
+            "backbone must be a torch.nn.Module; got two, as densenet_bc gives them: features, tail = densenet_bc(); "
+            "LFICAM(features, num_classes, tail=tail)"
+        )
     if not isinstance(backbone, nn.Module):
         raise TypeError(
             f"backbone must be a torch.nn.Module; got {type(backbone).__name__}. Of a captured or exported network, "
@@ -235,22 +247,26 @@ def _run(backbone: nn.Module, image: Tensor) -> Any:
 
 
 def _traced() -> bool:
-    return torch.compiler.is_compiling() or torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting() or transformed()
 
 
-# What follows are the two ops or, in a network that is being captured, the same in plain operators: those have rules in
-# every method.
+# What follows are the two ops or, in a network that is being captured or transformed by torch.func, the same in plain
+# operators: those have rules in every method, and for every transform.
+
+
+def _plainly() -> bool:
+    return torch.compiler.is_exporting() or transformed()
 
 
 def _mask(features: Tensor, grey: Tensor) -> Tensor:
-    if not torch.compiler.is_exporting():
+    if not _plainly():
         return ops.lfi_mask(features, grey)
     masks = torch.where(features == 0, 0, _min_max(features, torch.ones_like(features)))
     return masks * grey
 
 
 def _attend(features: Tensor, importance: Tensor, constant_map: str) -> tuple[Tensor, Tensor]:
-    if not torch.compiler.is_exporting():
+    if not _plainly():
         return ops.lfi_attend(features, importance, constant_map)
     weighted = (importance[:, :, None, None] * features).sum(1, keepdim=True).relu()
     attention = _min_max(weighted, weighted if constant_map == "raw" else torch.zeros_like(weighted))

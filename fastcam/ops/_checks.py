@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastcam._dtypes import ACCUMULATION, accumulation_dtype
+from fastcam._tracing import transformed
 
 
 def check_features(op: str, features: Tensor, name: str = "features", shape: str = "(B,K,H,W)") -> None:
@@ -144,6 +145,15 @@ def refuse_grad(op: str, *tensors: Tensor | None) -> None:
         raise RuntimeError(
             f"torch.ops.fastcam.{op} is not differentiable; call fastcam.ops.{op}, detach the inputs, "
             "or call under torch.no_grad()"
+        )
+
+
+def refuse_transforms(op: str) -> None:
+    """Kernels see through no tensor that a transform of torch.func has wrapped."""
+    if transformed():
+        raise RuntimeError(
+            f"fastcam.ops.{op} does not run inside torch.func (vmap, grad, jvp, ...): call it outside, with vmap's "
+            "axis folded into the batch, or write the formula of its docstring in plain PyTorch"
         )
 
 

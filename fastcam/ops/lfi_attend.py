@@ -31,14 +31,15 @@ def lfi_attend(features: Tensor, importance: Tensor, constant_map: str = "raw") 
     Dtype and layout: float64, float32, float16 or bfloat16 (importance may also be in the accumulation dtype), any
     strides (contiguous and channels_last without a copy). attended has the dtype and the strides of
     empty_like(features); attention is contiguous in the accumulation dtype (float64 for float64, else float32).
-    Differentiable once in both tensors, a second derivative is a RuntimeError; min and max share their gradient evenly
-    among ties.
+    Differentiable once in both tensors, a second derivative is a RuntimeError, as is a call inside torch.func; min and
+    max share their gradient evenly among ties.
     Errors: TypeError for a wrong type, layout or dtype, ValueError for wrong shapes, an unknown constant_map, K = 0 or
     h w = 0.
     Cost: features read twice (the second time from the cache), attended written once; backward: features and the
     gradient likewise. The arguments and two maps are kept for it.
     Source: Lee et al. 2021 (LFI-CAM), its attention branch.
     """
+    _checks.refuse_transforms("lfi_attend")
     _check(features, importance, constant_map)
     if _checks.needs_grad(features, importance):
         return _LfiAttend.apply(features, importance, constant_map)

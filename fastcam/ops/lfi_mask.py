@@ -29,13 +29,14 @@ def lfi_mask(features: Tensor, grey: Tensor) -> Tensor:
     Dtype and layout: float64, float32, float16 or bfloat16 (grey may also be in the accumulation dtype), any strides
     (contiguous and channels_last without a copy). The result has the dtype and the strides of empty_like(features).
     Arithmetic in float64 for float64, else float32.
-    Differentiable once in both tensors, a second derivative is a RuntimeError; min and max share their gradient evenly,
-    constant channels have none.
+    Differentiable once in both tensors, a second derivative is a RuntimeError, as is a call inside torch.func; min and
+    max share their gradient evenly, constant channels have none.
     Errors: TypeError for a wrong type, layout or dtype, ValueError for wrong shapes, K = 0 or h w = 0.
     Cost: features read twice (the second time from the cache), masks written once; backward: features and the gradient
     read once, features again from the cache. Only the arguments are kept for it.
     Source: Lee et al. 2021 (LFI-CAM), the masks of its feature importance network.
     """
+    _checks.refuse_transforms("lfi_mask")
     _checks.check_features("lfi_mask", features)
     check_grey("lfi_mask", grey, features)
     if _checks.needs_grad(features, grey):

@@ -277,6 +277,11 @@ class CapturedSession(Session):
             return self._folded.output(images)
         return self._run_head(self._trunk(images))
 
+    def weights_before(self) -> dict[str, Tensor]:
+        """Name -> tensor, for every leaf of the model that the features depend on."""
+        live = self.bound.weights.sources()
+        return {self.cut.program.nodes[index].target: live[index] for index in self.cut.leaves_before}
+
     def arrangement(self) -> Callable[[Tensor], Tensor] | None:
         return self.cut.arrangement
 
