@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fastcam import _interrupt  # noqa: F401  (first: those below take seconds)
 from fastcam.backends import backend, backends
 from fastcam.explainer import Attribution, Explainer, attribute
 from fastcam.inputs import bind

@@ -6,6 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from fastcam import _interrupt
+
 __all__ = ["main"]
 
 
@@ -13,31 +15,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line (default: the process's) and returns the exit status."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        if words[:1] == ["train-lficam"]:
-            from fastcam.nn import train  # its parser shows defaults that stand there
-
-            return train.main(words[1:])
-        if words[:1] in (["run"], ["merge"]):
-            from fastcam.jobs import command
-
-            return command.main(words)
-        if words[:1] == ["evaluate"]:
-            from fastcam.metrics import command as evaluation
-
-            return evaluation.main(words[1:])
-        if words[:1] == ["profile"]:
-            from fastcam.profiling.command import main as profile
-
-            return profile(words[1:])
-        if words[:1] in (["show"], ["report"]):
-            from fastcam.jobs import report, show
-
-            return (show if words[0] == "show" else report).main(words)
-        given = _parser().parse_args(words)
-        return int(given.run(given))
+        with _interrupt.raised():
+            return _dispatched(words)
+    except KeyboardInterrupt:
+        print("fastcam: interrupted", file=sys.stderr)
+        return _interrupt.CODE
     except ImportError as error:
         print(f"fastcam: {error}", file=sys.stderr)
         return 1
+
+
+def _dispatched(words: list[str]) -> int:
+    if words[:1] == ["train-lficam"]:
+        from fastcam.nn import train  # its parser shows defaults that stand there
+
+        return train.main(words[1:])
+    if words[:1] in (["run"], ["merge"]):
+        from fastcam.jobs import command
+
+        return command.main(words)
+    if words[:1] == ["evaluate"]:
+        from fastcam.metrics import command as evaluation
+
+        return evaluation.main(words[1:])
+    if words[:1] == ["profile"]:
+        from fastcam.profiling.command import main as profile
+
+        return profile(words[1:])
+    if words[:1] in (["show"], ["report"]):
+        from fastcam.jobs import report, show
+
+        return (show if words[0] == "show" else report).main(words)
+    given = _parser().parse_args(words)
+    return int(given.run(given))
 
 
 def _parser() -> argparse.ArgumentParser:

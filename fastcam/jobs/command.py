@@ -7,11 +7,12 @@ import contextlib
 import json
 import logging
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
+
+from fastcam import _interrupt
 
 from .options import Options
 from .progress import Summary
@@ -30,11 +31,11 @@ def main(words: Sequence[str]) -> int:
     parser = _merge_parser() if words[0] == "merge" else _run_parser()
     given = parser.parse_args(words[1:])
     try:
-        with _interruptible(), _silent() if given.quiet else contextlib.nullcontext():
+        with _silent() if given.quiet else contextlib.nullcontext():
             summary: Summary = given.call(given)
     except KeyboardInterrupt:
         print("fastcam: interrupted; what was done is safe, go on with --resume", file=sys.stderr)
-        return 130
+        return _interrupt.CODE
     except JobError as error:
         print(f"fastcam: {error}", file=sys.stderr)
         return 2 if error.usage else 1
@@ -77,20 +78,6 @@ def _merge(given: argparse.Namespace) -> Summary:
     from .merging import merge
 
     return merge(given.out, given.stores)
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """A scheduler's SIGTERM ends a job as Ctrl-C does."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager

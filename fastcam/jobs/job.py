@@ -18,9 +18,9 @@ from .layout import DONE, FAILED, TILE, Layout, storable
 from .local import Pipeline, batches, default_workers
 from .options import Options
 from .progress import Meter, Summary
-from .provenance import commit, plain, versions
+from .provenance import commit, completed, plain, versions
 from .sources import ItemError
-from .writer import BlockWriter, JobError, Lock, create, differences, facts_of, write_facts
+from .writer import BlockWriter, JobError, Lock, create, differences, facts_of, refuse_inside, write_facts
 
 if TYPE_CHECKING:
     from fastcam.models import LoadedModel
@@ -119,6 +119,7 @@ class Job:
             raise JobError(
                 f"{self.root} exists; pass --resume (resume=True) to go on with it, or another --out", usage=True
             )
+        refuse_inside(self.root)
         self.lock = Lock(self.root)
         try:
             self._open()
@@ -134,6 +135,12 @@ class Job:
         options = self.options
         self.source: Source = open_source(options.images, labels=options.label_file)
         self.start, self.stop = self._range(len(self.source))
+        if options.target_spec == "labels" and self.items and not self._labelled():
+            raise JobError(
+                "targets 'labels': no item has a label; give each item's class in a file: --labels FILE.csv (columns "
+                "id,label)",
+                usage=True,
+            )
         self.device = _device(options.device)
         self.loaded: LoadedModel = load_model(
             options.model,
@@ -148,7 +155,7 @@ class Job:
         stored = facts_of(self.root)
         facts = self._facts()
         if stored is not None:
-            found = differences(stored, facts)
+            found = differences(completed(stored), facts)
             if found:
                 raise JobError(
                     f"{self.root} was made by another job; " + "; ".join(found) + "; restore these, or choose another "
@@ -185,6 +192,9 @@ class Job:
         i, n = self.options.shard_of
         tiles = -(-items // TILE)
         return tuple(min(items, TILE * (tiles * part // n)) for part in (i, i + 1))  # type: ignore[return-value]
+
+    def _labelled(self) -> bool:
+        return any(self.source.label(index) is not None for index in range(self.items))
 
     def _facts(self) -> dict[str, Any]:
         """Provenance, of which the keys in `writer.IDENTITY` must not change."""

@@ -12,8 +12,19 @@ import numpy as np
 
 from .layout import DONE, FAILED, PENDING, sync_folder
 from .progress import Meter, Summary
+from .provenance import completed
 from .store import Store
-from .writer import IDENTITY, JOURNAL, BlockWriter, JobError, Lock, create, differences, refuse_if_written
+from .writer import (
+    IDENTITY,
+    JOURNAL,
+    BlockWriter,
+    JobError,
+    Lock,
+    create,
+    differences,
+    refuse_if_written,
+    refuse_inside,
+)
 
 __all__ = ["merge"]
 
@@ -25,11 +36,12 @@ def merge(out: str | Path, stores: Sequence[str | Path]) -> Summary:
 
     The shards are only read. Raises JobError where `out` exists, a shard is missing, given twice, unfinished, being
     written, or of another job; FileNotFoundError where there is no store. Memory: one block. A merge that is cut short
-    leaves nothing under the name `out`.
+    leaves nothing under the name `out`, which must not lie inside a store.
     """
     out = Path(out)
     if out.exists():
         raise JobError(f"{out} exists; choose another name", usage=True)
+    refuse_inside(out)
     if not stores:
         raise JobError("there is nothing to merge: name the shards' stores", usage=True)
     parts = sorted((Store(path) for path in stores), key=lambda store: store.provenance["rows"])
@@ -66,7 +78,7 @@ def _check(parts: list[Store]) -> None:
         pending = int((part.status == PENDING).sum())
         if pending or any((part.path / JOURNAL).glob("*.npz")):
             raise JobError(f"{part.path} is not finished ({pending} items pending); finish it with --resume first")
-        found = differences(parts[0].provenance, part.provenance, keys)
+        found = differences(completed(parts[0].provenance), completed(part.provenance), keys)
         if found:
             raise JobError(f"{parts[0].path} and {part.path} are not of one job; " + "; ".join(found), usage=True)
     at = 0

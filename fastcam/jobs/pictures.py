@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from .store import Store
 
 __all__ = ["Pictures", "colormap_of", "confidences"]
 
+log = logging.getLogger("fastcam")
+
 #: Rows of scores that are read at a time.
 ROWS = 4096
 
@@ -30,18 +33,24 @@ class Pictures:
     store   the job's results
     images  where the items are, if not where the job found them (a path, an array, a `Source`)
 
-    Raises ValueError where the source cannot be opened again.
+    Where the job's images cannot be opened any more there are no pictures and no labels, and `missing` says why (else
+    it is empty). Raises ValueError where `images` cannot be opened.
     """
 
     def __init__(self, store: Store, images: Any = None):
         facts = store.provenance["source"]
-        where = facts.get("where") if images is None else images
-        if where is None or (isinstance(where, str) and where == "memory"):
-            raise ValueError("the job's images were in memory; pass them again: images=")
         self.classes: list[str] | None = store.provenance.get("classes")
-        source = open_source(where, labels=facts.get("labels"))
-        self.source: Source = for_model(source, store.provenance.get("class_count"), self.classes)
-        self.store = store
+        self.store, self.missing = store, ""
+        self.source: Source | None = None
+        try:
+            source = _opened(facts, images)
+        except (ValueError, OSError) as error:
+            if images is not None:
+                raise
+            self.missing = str(error)
+            log.warning("the maps are shown without their pictures: %s", error)
+            return
+        self.source = for_model(source, store.provenance.get("class_count"), self.classes)
         self.start = int(store.provenance["rows"][0])
         self._places: dict[str, int] | None = None
         if source.describe().get("ids_hash") != facts.get("ids_hash"):
@@ -51,6 +60,8 @@ class Pictures:
 
     def _place(self, row: int) -> int | None:
         """Number of a row's item in the source; None where it has no such item any more."""
+        if self.source is None:
+            return None
         if self._places is not None:
             return self._places.get(self.store.ids[row])
         index = self.start + row
@@ -59,7 +70,7 @@ class Pictures:
     def label(self, row: int) -> int | None:
         """The class the source gives, of several the first; None where it gives none or lacks the item."""
         place = self._place(row)
-        label = None if place is None else self.source.label(place)
+        label = None if place is None or self.source is None else self.source.label(place)
         return None if label is None else int(np.atleast_1d(label)[0])
 
     def labels(self, count: int) -> np.ndarray:
@@ -73,6 +84,8 @@ class Pictures:
 
     def view(self, row: int) -> Tensor:
         """(3, H, W) float32 in [0, 1] of the input's size; ItemError where the item is gone or has changed."""
+        if self.source is None:
+            raise ItemError(self.missing)
         place = self._place(row)
         if place is None:
             raise ItemError("the source has no such item any more")
@@ -97,6 +110,13 @@ class Pictures:
             return (values * std + mean).clamp(0, 1)
         low, high = values.min(), values.max()
         return (values - low) / (high - low).clamp_min(1e-12)
+
+
+def _opened(facts: dict[str, Any], images: Any) -> Source:
+    where = facts.get("where") if images is None else images
+    if where is None or (isinstance(where, str) and where == "memory"):
+        raise ValueError("the job's images were in memory; pass them again: images=")
+    return open_source(where, labels=facts.get("labels"))
 
 
 def confidences(store: Store, labels: np.ndarray | None = None, count: int | None = None) -> np.ndarray:

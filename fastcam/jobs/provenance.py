@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 import fastcam
+from fastcam.methods import single
 
-__all__ = ["commit", "plain", "versions"]
+__all__ = ["commit", "completed", "plain", "versions"]
 
 
 def plain(value: Any) -> Any:
@@ -36,6 +37,12 @@ def plain(value: Any) -> Any:
         return f"{type(value).__name__}{tuple(value.shape)} sha256 {digest}"
     name = getattr(value, "__qualname__", None)
     return f"{value.__module__}.{name}" if name else str(value) if isinstance(value, Path) else type(value).__qualname__
+
+
+def completed(facts: dict[str, Any]) -> dict[str, Any]:
+    """A store's facts, of an older version perhaps: options its method did not have yet stand at their defaults."""
+    defaults = plain(single(facts["method"]).make_options({}))
+    return {**facts, "options": {**defaults, **facts["options"]}}
 
 
 def versions() -> dict[str, str]:

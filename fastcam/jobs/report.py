@@ -62,8 +62,9 @@ def report(
     Maps are drawn by the page, from 8 bits a cell at layer size (at most 48 cells a side): they can be faded without
     another picture. Of several targets an item the first is shown. Texts of the data (ids, reasons, classes) are data
     to the page, never markup.
-    Raises ValueError where the source cannot be opened again. Cost: every picture is read and resized once; 2 to 4 kB
-    of thumbnail and about 100 bytes an item besides.
+    Where the images are gone the maps are drawn alone, and the page says so; a store without a single map makes a page
+    of reasons. Raises ValueError where `images` cannot be opened. Cost: every picture is read and resized once; 2 to
+    4 kB of thumbnail and about 100 bytes an item besides.
     """
     store = store if isinstance(store, Store) else Store(store)
     count = len(store) if limit is None else min(limit, len(store))
@@ -86,9 +87,10 @@ def report(
             (folder / f"{row}.webp").write_bytes(data)
         inside.append(None if data is None else "" if folder.is_dir() else base64.b64encode(data).decode())
     facts = _facts(store, pictures, count)
+    note = f" · without pictures: {pictures.missing}" if pictures.missing else ""
     facts |= {"thumbnails": inside, "folder": folder.name if folder.is_dir() else None, "side": side}
     partial = out.with_name(out.name + ".partial")
-    partial.write_text(_page(store, facts), encoding="utf-8")
+    partial.write_text(_page(store, facts, note), encoding="utf-8")
     os.replace(partial, out)
     return out
 
@@ -108,7 +110,7 @@ def _thumbnails(pictures: Pictures, count: int, side: int, workers: int | None) 
     from PIL import Image
 
     def one(row: int) -> bytes | None:
-        if pictures.store.status[row] == PENDING:
+        if pictures.missing or pictures.store.status[row] == PENDING:
             return None
         try:
             pixels = (pictures.view(row).movedim(0, -1) * 255).round().to(torch.uint8).numpy()
@@ -156,6 +158,8 @@ def _facts(store: Store, pictures: Pictures, count: int) -> dict[str, Any]:
 def _maps(store: Store, count: int) -> tuple[np.ndarray, list[int]]:
     """(count, h, w) uint8 of the first target's maps, min-max to 0..255 or signed around 128, and [h, w]."""
     parts = []
+    if 0 in store.layout.map_shape:  # no image could be read
+        return np.zeros((count, 1, 1), np.uint8), [1, 1]
     for start in range(0, count, 512):
         maps = store.maps(start, min(start + 512, count))
         maps = maps[:, 0] if store.layout.several else maps
@@ -173,7 +177,7 @@ def _bytes(maps: Tensor, signed: bool) -> np.ndarray:
     return (values * 255).round().to(torch.uint8).numpy()
 
 
-def _page(store: Store, facts: dict[str, Any]) -> str:
+def _page(store: Store, facts: dict[str, Any], note: str) -> str:
     here = Path(__file__).parent
     provenance = store.provenance
     title = f"{provenance['method']} · {provenance['model']}"
@@ -194,7 +198,7 @@ def _page(store: Store, facts: dict[str, Any]) -> str:
     table = "".join(f"<tr><th>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in rows.items() if v is not None)
     fields = {
         "TITLE": html.escape(title),
-        "COUNTS": html.escape(f"{len(facts['ids'])} items: {told}"),
+        "COUNTS": html.escape(f"{len(facts['ids'])} items: {told}{note}"),
         "PROVENANCE": table,
         "PLOTS": _plots(facts),
         "DATA": data,

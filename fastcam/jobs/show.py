@@ -43,9 +43,9 @@ def show(
     out     folder of the pictures, made where it is missing
     images  where the items are now, if not where the job found them
 
-    An item whose file has changed since, or is gone, is shown as its map alone, and says so.
-    Raises ValueError for nothing chosen, an unknown class, or an item without a map; KeyError or IndexError for an item
-    that does not exist.
+    An item whose file has changed since, or is gone with or without all others, is shown as its map alone, and says so.
+    Raises ValueError for nothing chosen, an unknown class, an item without a map, or a store without any; KeyError or
+    IndexError for an item that does not exist.
     """
     store = store if isinstance(store, Store) else Store(store)
     pictures = Pictures(store, images)
@@ -73,6 +73,9 @@ def _chosen(
     if worst is None and class_ is None:
         raise ValueError("nothing is chosen: name items, worst= or class_=")
     rows = np.flatnonzero(store.status == DONE)
+    if not len(rows):
+        count = int((store.status == FAILED).sum())
+        raise ValueError(f"{store.path} has no map to show: {count} of {len(store)} items failed (reasons: --failed)")
     if class_ is not None:
         number = _class_number(class_, pictures)
         first = store.targets if store.targets.ndim == 1 else store.targets[:, 0]
@@ -87,7 +90,7 @@ def _chosen(
 def _class_number(given: int | str, pictures: Pictures) -> int:
     if isinstance(given, int) or given.isdecimal():
         return int(given)
-    for names in (pictures.classes, pictures.source.classes if hasattr(pictures.source, "classes") else None):
+    for names in (pictures.classes, getattr(pictures.source, "classes", None)):
         if names and given in names:
             return list(names).index(given)
     raise ValueError(f"there is no class called {given!r}; classes can be given by number")

@@ -37,7 +37,7 @@ from .layout import (
 )
 
 __all__ = ["BlockWriter", "JobError", "Lock", "create", "differences", "facts_of", "failed"]
-__all__ += ["refuse_if_written", "write_facts"]
+__all__ += ["refuse_if_written", "refuse_inside", "write_facts"]
 
 ATTRIBUTE = "fastcam"
 JOURNAL = "journal"
@@ -131,8 +131,7 @@ def facts_of(root: Path) -> dict[str, Any] | None:
 
     Raises JobError where `root` holds something that is not a store of fastcam's.
     """
-    path = root / "zarr.json"
-    found = json.loads(path.read_text()).get("attributes", {}).get(ATTRIBUTE) if path.is_file() else None
+    found = _attribute(root)
     if found is None and root.exists():
         if not root.is_dir():
             raise JobError(f"{root} is a file; choose another --out", usage=True)
@@ -142,6 +141,18 @@ def facts_of(root: Path) -> dict[str, Any] | None:
             what = f"holds {foreign[0]!r} and is no store of fastcam's"
             raise JobError(f"{root} {what}; choose another --out", usage=True)
     return found
+
+
+def _attribute(root: Path) -> dict[str, Any] | None:
+    path = root / "zarr.json"
+    return json.loads(path.read_text()).get("attributes", {}).get(ATTRIBUTE) if path.is_file() else None
+
+
+def refuse_inside(root: Path) -> None:
+    """JobError where `root` would lie inside a store: readers take all that is in one for its arrays."""
+    for folder in root.resolve().parents:
+        if _attribute(folder) is not None:
+            raise JobError(f"{root} lies inside the store {folder}; choose another name", usage=True)
 
 
 def create(root: Path, layout: Layout, ids: list[str], facts: Mapping[str, Any]) -> None:

@@ -173,7 +173,10 @@ class Prepare:
 
 
 def too_many_pixels(width: int, height: int, max_pixels: int) -> str:
-    return f"{width} x {height} pixels are more than the {max_pixels} allowed (max_pixels=); a decompression bomb?"
+    return (
+        f"{width} x {height} pixels are more than the {max_pixels} allowed; a decompression bomb? (from Python, "
+        "fastcam.jobs.sources.open_source(PATH, max_pixels=N) gives images with another limit)"
+    )
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -6,6 +6,7 @@ there and explains nothing again."""
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -135,7 +136,7 @@ def measure(name: str, model: nn.Module, scenes: Scenes, methods: Sequence[str],
     for method in methods:
         out = stores / f"{name}-{method}.zarr"
         try:
-            job = jobs.run(model, SceneSource(scenes), out, method=method, targets="labels", workers=1, resume=True)
+            job = _explained(model, scenes, method, out)
         except jobs.JobError as error:
             if out.exists() or not error.usage:
                 raise
@@ -148,6 +149,24 @@ def measure(name: str, model: nn.Module, scenes: Scenes, methods: Sequence[str],
         figures = (pointing, 1e3 * seconds / len(part), multiple, backend)
         rows.append(Row(name, method, *figures, explained=job.processed))
     return rows
+
+
+def _explained(model: nn.Module, scenes: Scenes, method: str, out: Path) -> jobs.Summary:
+    """The method's maps in the store `out`, gone on with; one of the demo's own that no longer fits is replaced."""
+    given: dict[str, Any] = {"method": method, "targets": "labels", "workers": 1, "resume": True}
+    source = SceneSource(scenes)
+    try:
+        return jobs.run(model, source, out, **given)
+    except jobs.JobError as error:
+        own = (
+            error.usage
+            and out.exists()
+            and jobs.Store(out).provenance["source"].get("kind") == source.describe()["kind"]
+        )
+        if not own:
+            raise
+    shutil.rmtree(out)
+    return jobs.run(model, source, out, **given)
 
 
 def table(rows: Sequence[Row], scenes: Scenes) -> str:

@@ -21,6 +21,8 @@ from fastcam import jobs
 from fastcam.cli import main
 
 MODEL = "fastcam._testing.jobs:tiny"
+#: Shells have Ctrl-C ignored in what they begin in the background, and children inherit that.
+SHELL = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.default_int_handler)}
 
 
 @pytest.fixture
@@ -61,6 +63,7 @@ def test_run_resume_and_exit_codes(images, capsys):
         (["--layer", "featuers"], "features"),
         (["--targets", "top9"], "more classes than the model's 5"),
         (["--targets", "17"], "target 17 is out of range"),
+        (["--targets", "labels"], "targets 'labels': no item has a label"),
         (["--targets", "best"], "got 'best'"),
         (["--option", "sed=3"], "no option 'sed'"),
         (["--shard", "4/4"], "i from 0 to n - 1"),
@@ -205,6 +208,41 @@ def test_shards_and_merge(images, capsys):
     assert main(["merge", *words]) == 0
     assert capsys.readouterr().out.startswith(f"{images / 'm.zarr'}: 20 of 20 done, 0 failed")
     assert main(["merge", *words]) == 2
+    inside = images / "p0.zarr" / "all.zarr"
+    assert main(["merge", str(inside), *words[1:]]) == 2
+    assert f"{inside} lies inside the store" in capsys.readouterr().err
+    assert call("--images", images / "good.npy", "--out", inside) == 2
+    assert not inside.exists()
+
+
+def test_a_broken_tar_among_others_is_an_item_that_failed(tmp_path, capsys):
+    Image = pytest.importorskip("PIL.Image")
+    Image.new("RGB", (16, 16)).save(tmp_path / "0.png")
+    for name in "ac":
+        with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
+            tar.add(tmp_path / "0.png", "0.png")
+    (tmp_path / "b.tar").write_bytes(b"no tar" * 400)
+    (tmp_path / "d.tar").write_bytes(b"")
+    words = ["--image-size", "16", "--mean", "0,0,0", "--std", "1,1,1", "--out", tmp_path / "m.zarr"]
+    assert call("--images", *(tmp_path / f"{name}.tar" for name in "abcd"), *words) == 3
+    store = jobs.Store(tmp_path / "m.zarr")
+    assert store.ids == ["a.tar/0.png", "b.tar/", "c.tar/0.png", "d.tar/"]
+    assert store.status.tolist() == [1, 2, 1, 2]
+    assert all("cannot be read as an uncompressed tar" in store.errors[row] for row in (1, 3))
+    assert call("--images", tmp_path / "b.tar", tmp_path / "d.tar", *words[:-1], tmp_path / "n.zarr") == 2
+    assert "b.tar cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("delay", [0.3, pytest.param(0.6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sent", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+def test_interrupted_while_it_starts(images, sent, delay):
+    """The package's own imports take longer than this."""
+    command = [sys.executable, "-P", "-m", "fastcam.cli", "run", "--model", MODEL, "--images", str(images / "good.npy")]
+    process = subprocess.Popen([*command, "--out", str(images / "a.zarr")], stderr=subprocess.PIPE, text=True, **SHELL)
+    time.sleep(delay)
+    os.kill(process.pid, sent)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (130, "fastcam: interrupted\n")
 
 
 @pytest.mark.parametrize("sent", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
@@ -214,7 +252,7 @@ def test_interrupted_is_code_130_and_can_be_gone_on_with(tmp_path, sent):
     out = tmp_path / "a.zarr"
     words = ["run", "--model", MODEL, "--images", str(tmp_path / "x.npy"), "--out", str(out), "--shard-rows", "64"]
     command = [sys.executable, "-P", "-m", "fastcam.cli", *words, "--batch-size", "16", "--threads", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **SHELL)
     while not (out / "status" / "c" / "0").exists() and process.poll() is None:
         time.sleep(0.02)
     os.kill(process.pid, sent)

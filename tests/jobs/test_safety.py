@@ -317,6 +317,18 @@ def test_another_job_is_refused_with_the_difference(model, source, whole, change
     assert error.value.usage
 
 
+def test_options_that_a_store_is_too_old_to_name_stand_at_their_defaults(model, tmp_path):
+    out = tmp_path / "a.zarr"
+    few = Numbered(4)
+    jobs.run(model, few, out)
+    facts = writer.facts_of(out)
+    assert facts["options"].pop("rule") == "rescale"
+    writer.write_facts(out, facts)
+    assert jobs.run(model, few, out, resume=True).processed == 0
+    with pytest.raises(jobs.JobError, match=r"options\.rule: 'rescale' in the store, 'reveal_cancel' now"):
+        jobs.run(model, few, out, resume=True, options={"rule": "reveal_cancel"})
+
+
 def test_other_weights_and_other_images_are_refused(source, whole):
     other = tiny()
     with torch.no_grad():

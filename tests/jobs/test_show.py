@@ -16,6 +16,7 @@ for _package in ("zarr", "safetensors", "matplotlib", "sklearn", "skimage"):
 from fastcam import render  # noqa: E402
 from fastcam.jobs import Store, run  # noqa: E402
 from fastcam.jobs.pictures import Pictures, confidences  # noqa: E402
+from fastcam.jobs.report import main as report_main  # noqa: E402
 from fastcam.jobs.show import main, show  # noqa: E402
 from fastcam.jobs.sources import ItemError  # noqa: E402
 
@@ -185,10 +186,46 @@ def test_command(job, tmp_path, capsys):
         main(["show", store])
 
 
+def test_maps_are_shown_alone_where_the_images_are_gone(job, tmp_path, capsys, caplog):
+    """The panel is the map in its colours on black, the page says why there are no pictures."""
+    import shutil
+
+    shutil.copytree(job / "images", tmp_path / "images")
+    given = {"workers": 1, "limit": 3}
+    run("testbed:tiny_resnet", tmp_path / "images", tmp_path / "maps.zarr", **given)
+    shutil.rmtree(tmp_path / "images")
+    store = Store(tmp_path / "maps.zarr")
+    (path,) = show(store, worst=1, out=tmp_path / "out")
+    assert "without their pictures: there is nothing at" in caplog.text
+    with Image.open(path) as file:
+        assert np.asarray(file.convert("RGB")).std() > 10
+    assert report_main(["report", str(store.path), "--out", str(tmp_path / "r.html")]) == 0
+    page = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "without pictures: there is nothing at" in page
+    assert '"thumbnails":[null,null,null]' in page
+    assert main(["show", str(store.path), "--worst", "1", "--images", str(tmp_path / "images")]) == 2
+
+
+def test_a_store_without_a_map_tells_its_reasons(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "images" / name).write_bytes(b"nothing")
+    for scores in ("all", "targets"):
+        out = tmp_path / f"{scores}.zarr"
+        run("testbed:tiny_resnet", tmp_path / "images", out, workers=1, scores=scores)
+        assert report_main(["report", str(out), "--out", str(tmp_path / "r.html")]) == 0
+        page = (tmp_path / "r.html").read_text(encoding="utf-8")
+        assert "2 items: 2 failed" in page
+        assert "no image: 7 bytes" in page
+        capsys.readouterr()
+        assert main(["show", str(out), "--worst", "2", "--out", str(tmp_path / "out")]) == 2
+        assert "no map to show: 2 of 2 items failed (reasons: --failed)" in capsys.readouterr().err
+
+
 def test_images_in_memory_must_be_passed_again(tmp_path):
     images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     model = "fastcam._testing.jobs:tiny"
     run(model, images, tmp_path / "maps.zarr", workers=1)
-    with pytest.raises(ValueError, match="images="):
-        show(tmp_path / "maps.zarr", items=[0], out=tmp_path)
+    with pytest.raises(ItemError, match="images="):
+        Pictures(Store(tmp_path / "maps.zarr")).view(0)
     assert len(show(tmp_path / "maps.zarr", items=[0, 2], images=images, out=tmp_path)) == 2

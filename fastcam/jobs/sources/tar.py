@@ -41,8 +41,9 @@ class TarSource:
     up to the first dot of its last part, and `.cls` (an integer) or `.json` (with "label" or "cls"). Where `a.jpg`
     exists, `a.mask.png` belongs to it and is no item of its own.
     Links, devices, names that lead out of the tar (`/x`, `../x`), members cut off by the end of the file and labels
-    that are no class are errors of their item; so is the rest of a tar behind a damaged header.
-    Raises ValueError for a tar that cannot be opened, is compressed, or for tars without any image.
+    that are no class are errors of their item; so is the rest of a tar behind a damaged header,
+    and, of several tars, one that cannot be read at all (item `name.tar/`).
+    Raises ValueError for a single tar that cannot be opened or is compressed, or for tars without any image.
     """
 
     classes: tuple[str, ...] | None = None
@@ -54,9 +55,15 @@ class TarSource:
         names: list[str] = []
         offsets, sizes, tars, labels = [], [], [], []
         self._wrong: dict[int, str] = {}
+        refused: list[ValueError] = []
         for number, path in enumerate(self.paths):
             prefix = f"{printable(os.path.basename(path))}/" if len(paths) > 1 else ""
-            for member in _images(path):
+            try:
+                members = _images(path)
+            except ValueError as error:
+                refused.append(error)
+                members = [_Member("", 0, 0, str(error))]
+            for member in members:
                 if member.wrong is not None:
                     self._wrong[len(names)] = member.wrong
                 names.append(prefix + printable(member.name))
@@ -64,6 +71,8 @@ class TarSource:
                 sizes.append(member.size)
                 tars.append(number)
                 labels.append(-1 if member.label is None else member.label)
+        if refused and len(refused) == len(names):
+            raise refused[0]
         if not names:
             raise ValueError(
                 f"{', '.join(self.where)} holds no images (members that end in {', '.join(sorted(SUFFIXES))})"
