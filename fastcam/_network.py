@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import warnings
@@ -9,14 +10,15 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from fastcam.methods._method import MethodOptions
 from fastcam.program.capture import CaptureError, Program, capture
 from fastcam.program.forward import Backward, Needs, Session
-from fastcam.program.hooks import check_batched, hook_session
-from fastcam.program.layers import LayerNotInProgram, find_layer, layer_names, layer_of
+from fastcam.program.hooks import check_batched, check_channels, hook_session
+from fastcam.program.layers import LayerNotInProgram, check_spatial, find_layer, layer_names, layer_of
 from fastcam.program.session import Bindings
 from fastcam.program.state import exclusive, unwrap
 
@@ -108,6 +110,9 @@ class Network:
                 else:
                     reshaped = arranged or options.reshape_transform is not None
                     feature, name = find_layer(program, self.model, layer, images.ndim - 2, reshaped)
+                shape = program.nodes[feature].shape
+                if shape is not None and len(shape) == 2 and options.reshape_transform is None:
+                    check_spatial(shape, name, images.ndim - 2, False)  # before anything takes it for a feature map
             except (CaptureError, LayerNotInProgram) as reason:
                 return self._hooked(images, method, needs, pixels, str(reason))
             # Folding norms into convolutions would take away the biases a method asks for.
@@ -117,6 +122,7 @@ class Network:
             return self._bindings.session(program, feature, name, own, foldable, fold, wide=walked)
 
     def _hooked(self, images: torch.Tensor, method: str, needs: Needs, pixels: bool, reason: str) -> Session:
+        check_channels(self.model, images, reason)
         captured = isinstance(needs, Backward) or needs in ("multipliers", "parts") or pixels
         unmet = [
             text
@@ -157,6 +163,10 @@ class Network:
 def check_images(images: Any) -> None:
     if not isinstance(images, torch.Tensor):
         raise TypeError(f"images must be a torch.Tensor (B, C, *spatial); got {type(images).__name__}")
+    if images.layout != torch.strided or images.is_nested:
+        kind = "nested" if images.is_nested else str(images.layout)
+        cure = "pad or run them one by one" if images.is_nested else "pass images.to_dense()"
+        raise TypeError(f"images must be a dense tensor; got a {kind} one: {cure}")
     if not images.is_floating_point():
         raise TypeError(f"images must be floating point, prepared as the model expects; got {images.dtype}")
     if images.ndim not in (3, 4, 5):
@@ -204,14 +214,21 @@ def _first_time(model: nn.Module, topic: str) -> bool:
 def _check_size(size: Any) -> Any:
     if size in ("input", "layer") if isinstance(size, str) else False:
         return size
-    numbers = isinstance(size, (tuple, list)) and all(isinstance(s, int) and not isinstance(s, bool) for s in size)
-    if not numbers or not size or min(size) < 1:
+    several = isinstance(size, (tuple, list)) or (isinstance(size, np.ndarray) and size.ndim == 1)
+    numbers = several and all(isinstance(s, (int, np.integer)) and not isinstance(s, bool) for s in size)
+    if not numbers or len(size) == 0 or min(size) < 1:
         raise ValueError(f"size must be 'input', 'layer' or positive integers (H, W); got {size!r}")
-    return tuple(size)
+    return tuple(int(s) for s in size)
 
 
 def nonfinite_message(
-    valid: torch.Tensor, images: torch.Tensor, features: torch.Tensor, output: Any, layer: str, method: str
+    valid: torch.Tensor,
+    images: torch.Tensor,
+    features: torch.Tensor,
+    output: Any,
+    layer: str,
+    method: str,
+    model: nn.Module,
 ) -> str:
     image = int((~valid).nonzero()[0])
     count = int((~valid).sum())
@@ -223,7 +240,12 @@ def nonfinite_message(
         what = "the image is"
     else:
         what = f"the {method} map at layer '{layer}' is"
+    named = itertools.chain(model.named_parameters(), model.named_buffers())
+    flawed = next((name for name, t in named if t.is_floating_point() and not bool(t.isfinite().all())), None)
+    cure = "check the images and weights for NaN, infinity or overflow"
+    if flawed is not None:
+        cure = f"the model's '{flawed}' holds NaN or infinity: repair it"
     return (
         f"{what} not finite for image {image} ({count} of {len(valid)} images affected); "
-        "check the images and weights for NaN, infinity or overflow, or pass on_nonfinite='mask' to get zeros there"
+        f"{cure}, or pass on_nonfinite='mask' to get zeros there"
     )

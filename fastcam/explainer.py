@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -302,7 +303,8 @@ class Explainer(Network):
             if targets.valid is not None and not bool(targets.valid.all()):
                 raise IndexError(f"a target of image {int((~targets.valid).nonzero()[0])} is out of range")
             if not bool(valid.all()):
-                raise ValueError(nonfinite_message(valid, images, features, output, passed.layer, self.method.name))
+                told = (output, passed.layer, self.method.name, self.model)
+                raise ValueError(nonfinite_message(valid, images, features, *told))
             return maps, raw, valid
         keep = valid.reshape(-1, *(1,) * (maps.ndim - 1))
         zero = maps.new_zeros(())
@@ -334,6 +336,8 @@ class Explainer(Network):
 
 def _given(images: torch.Tensor, targets: TargetSpec) -> tuple[torch.Tensor, ...]:
     """Targets that are class indices, as a straight line reads them: (B,) or (B, T); nothing for others."""
+    if isinstance(targets, (np.integer, np.ndarray)):
+        targets = targets.tolist()
     if isinstance(targets, bool) or not isinstance(targets, (int, list, tuple, torch.Tensor)):
         return ()
     one = torch.as_tensor(targets, device=images.device)
@@ -372,8 +376,8 @@ def attribute(
         result = fastcam.attribute(model, images, "lift_cam", targets="top3")     # result.maps: (B, 3, H, W)
 
     images   (B, C, *spatial) floating point, prepared as the model expects; B may be 0
-    targets  None: arg-max of each image · int: that class for all · list of B ints · integer tensor (B,) or (B, T) ·
-             "top5": the five highest of each image · callable: model output -> one score an image
+    targets  None: arg-max of each image · int: that class for all · list of B ints · integer tensor or NumPy array
+             (B,) or (B, T) · "top5": the five highest of each image · callable: model output -> one score an image
 
     The other arguments are those of `Explainer`, whose docstring gives errors and cost; this is
     `Explainer(model, method, ...)(images, targets)`. Capture is shared between calls.

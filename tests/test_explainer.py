@@ -12,6 +12,7 @@ import threading
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -363,6 +364,13 @@ def test_the_hook_path_refuses_what_needs_a_capture(images):
         (lambda m, x: fastcam.attribute(m, (x * 9).to(torch.uint8)), TypeError, "floating point.*got torch.uint8"),
         (lambda m, x: fastcam.attribute(m, x[0, 0]), ValueError, "is the batch dimension missing"),
         (lambda m, x: fastcam.attribute(m, x[:, :, :0]), ValueError, "hold no pixels"),
+        (lambda m, x: fastcam.attribute(m, x.to_sparse()), TypeError, r"dense.*sparse_coo one: pass images.to_dense"),
+        (lambda m, x: fastcam.attribute(m, x[:, :1]), ValueError, "images have 1 channels and Small takes .* 3: pass"),
+        (
+            lambda m, x: fastcam.attribute(m, x.movedim(1, -1), "grad_cam"),
+            ValueError,
+            r"have 16 channels and Small takes images with 3: pass images.movedim\(-1, 1\)",
+        ),
         (lambda m, x: fastcam.attribute(m, x.double()), TypeError, "float64 and the model's parameters are .*float32"),
         (lambda m, x: fastcam.attribute(m, x.to("meta")), ValueError, "images are on meta and the model is on cpu"),
         (lambda m, x: fastcam.attribute(m, x, "gradcam"), ValueError, "did you mean 'grad_cam'"),
@@ -370,10 +378,15 @@ def test_the_hook_path_refuses_what_needs_a_capture(images):
         (lambda m, x: fastcam.attribute(m, x, layer=nn.ReLU()), ValueError, "not a module of this Small"),
         (lambda m, x: fastcam.attribute(m, x, layer=3), TypeError, "layer must be None, a dotted module name"),
         (lambda m, x: fastcam.attribute(m, x, layer="fc"), ValueError, r"'fc' has no spatial extent.*\(B, 5\)"),
+        (lambda m, x: fastcam.attribute(m, x, "grad_cam", layer="drop"), ValueError, r"'drop' has no spatial extent"),
         (lambda m, x: fastcam.attribute(m, x, targets=5), IndexError, "target 5 is out of range"),
+        (lambda m, x: fastcam.attribute(m, x, targets=np.int64(-1)), IndexError, "target -1 is out of range"),
+        (lambda m, x: fastcam.attribute(m, x, targets=np.array([0.5] * 3)), TypeError, "integers, got torch.float64"),
+        (lambda m, x: fastcam.attribute(m, x, targets=[]), ValueError, r"shape \(0,\) do not fit a batch of 3"),
         (lambda m, x: fastcam.attribute(m, x, targets=[0, 1]), ValueError, "do not fit a batch of 3"),
         (lambda m, x: fastcam.attribute(m, x, size="full"), ValueError, "size must be 'input', 'layer'"),
         (lambda m, x: fastcam.attribute(m, x, size=(0, 4)), ValueError, "size must be"),
+        (lambda m, x: fastcam.attribute(m, x, size=np.array([4.0, 5])), ValueError, "size must be"),
         (lambda m, x: fastcam.attribute(m, x, size=(3, 3, 3)), ValueError, "2 spatial dimensions"),
         (lambda m, x: fastcam.attribute(m, x, rely=False), TypeError, "no option 'rely'; did you mean 'relu'.*options"),
         (lambda m, x: fastcam.attribute(m, x, on_nonfinite="x"), ValueError, "on_nonfinite must be"),
@@ -428,7 +441,8 @@ def test_what_the_model_says_of_other_shapes_stays(method):
             fastcam.attribute(Sequences().eval(), signals, method)
     else:
         assert fastcam.attribute(Sequences().eval(), signals, method).maps.shape == (2, 9)
-    with pytest.raises(RuntimeError, match="channels" if method == "grad_cam" else "cannot trace it"):
+    error, says = (ValueError, "5 channels") if method == "grad_cam" else (RuntimeError, "cannot trace it")
+    with pytest.raises(error, match=says):
         fastcam.attribute(Sequences().eval(), torch.rand(2, 5, 9), method)
 
 
@@ -454,8 +468,43 @@ def test_nonfinite_images(model, images, bad, layer):
 def test_nonfinite_weights_are_named(model, images):
     with torch.no_grad():
         model.fc.bias[0] = float("nan")
-    with pytest.raises(ValueError, match="model's output is not finite for image 0"):
+    with pytest.raises(ValueError, match=r"model's output is not finite for image 0 .*the model's 'fc.bias' holds NaN"):
         fastcam.attribute(model, images, targets=1)
+
+
+@pytest.mark.parametrize("name", ["layer1.0.weight", "layer2.1.bias"])
+@pytest.mark.parametrize(
+    ("method", "settings"),
+    [("lift_cam", {"channels_last": True}), ("grad_cam", {"precision": "bf16", "layer": "layer1"}), ("lrp", {})],
+)
+def test_nonfinite_weights_are_seen_where_convolutions_end_in_relu(model, images, name, method, settings):
+    """ReLU inside a packed convolution makes zeros of NaN."""
+    explainer = fastcam.Explainer(model, method, on_nonfinite="mask", **settings)
+    before = explainer(images)
+    weight = model.get_parameter(name).data.view(-1)
+    kept = weight[0].clone()
+    weight[0] = float("nan")
+    masked = explainer(images)
+    assert not masked.valid.any()
+    assert not masked.maps.any()
+    with pytest.raises(ValueError, match=f"the model's '{name}' holds NaN or infinity"):
+        fastcam.attribute(model, images, method, **{k: v for k, v in settings.items() if k == "layer"})
+    weight[0] = kept
+    again = explainer(images)
+    assert again.valid.all()
+    assert torch.equal(again.maps, before.maps)
+
+
+def test_numpy_numbers_are_numbers(model, images):
+    explainer = fastcam.Explainer(model, "grad_cam", size=np.array([4, 5]))
+    assert explainer.size == (4, 5)
+    expected = explainer(images, [1, 1, 1]).maps
+    read_only = np.array([1, 1, 1], dtype=np.int32)
+    read_only.flags.writeable = False
+    for targets in (np.int64(1), read_only):
+        assert torch.equal(explainer(images, targets).maps, expected)
+    assert explainer(images, np.array([[0, 1]] * 3)).maps.shape == (3, 2, 4, 5)
+    assert fastcam.attribute(model, images, size=(np.int64(4), np.int64(5))).maps.shape == (3, 4, 5)
 
 
 def test_flat_maps_are_zero_not_nan(model, images):

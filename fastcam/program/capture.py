@@ -50,7 +50,7 @@ class Program:
     constants  tensors the code created while it was traced, by name
     storage    for each value the index of the first value that may share memory with it
     found      layers looked up so far (filled by `fastcam.program.layers`)
-    cuts       cuts made so far, by feature index and folding (filled by `fastcam.program.cut`)
+    cuts       cuts made so far, by feature index, folding and packing (filled by `fastcam.program.cut`)
     embedding  the same network without a final normalisation (filled by `fastcam.program.embedding`)
     picked     the same network with one of its outputs alone, by that value (filled likewise)
     """
@@ -64,7 +64,7 @@ class Program:
     constants: dict[str, torch.Tensor]
     storage: tuple[int, ...]
     found: dict[tuple[Any, int, bool], tuple[int, str]] = field(default_factory=dict)
-    cuts: dict[tuple[int, bool], Any] = field(default_factory=dict)
+    cuts: dict[tuple[int, bool, bool], Any] = field(default_factory=dict)
     embedding: Any = None
     picked: dict[int, Any] = field(default_factory=dict)
 

@@ -23,14 +23,16 @@ from .reveal_cancel import SignedWalk
 __all__ = ["Cut", "cut"]
 
 
-def cut(program: Program, feature: int, layer: str, folded: bool = False) -> Cut:
+def cut(program: Program, feature: int, layer: str, folded: bool = False, packed: bool = True) -> Cut:
     """The cut of `program` at value `feature`, made once for each program and layer.
 
-    folded  fold batch norms into convolutions and, on the CPU, keep packed weights: faster, equal to rounding
+    folded  fold batch norms into convolutions: faster, equal to rounding
+    packed  where they are folded, keep packed weights on the CPU; for weights that are finite
     """
-    key = (feature, folded)
+    packed = packed and folded
+    key = (feature, folded, packed)
     if key not in program.cuts:
-        program.cuts[key] = Cut(fold_norms(program, feature) if folded else program, feature, layer, packed=folded)
+        program.cuts[key] = Cut(fold_norms(program, feature) if folded else program, feature, layer, packed)
     return program.cuts[key]
 
 
@@ -41,7 +43,7 @@ class Cut:
     head     everything from the feature map to the output
     affine   the head's closed form, or None
     sizes    values that enter the head beside the features and are the batch size
-    packed   whether batch norms are folded and, on the CPU, weights packed: values of leaves are kept between calls
+    packed   whether weights are packed on the CPU: values of leaves are kept between calls
     bypass   values beside the features that follow from the images and enter the head, or are outputs
     """
 

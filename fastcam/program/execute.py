@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
@@ -24,7 +25,8 @@ class Weights:
 
     With `dtype` or `channels_last`, or where batch norms are folded, converted copies are kept and made anew for each
     leaf whose sources have changed (`fastcam.program.freshness`). With `lasting` too, leaves are the same tensor
-    objects from call to call until they change, so that more can be made of them and kept.
+    objects from call to call until they change, so that more can be made of them and kept, and `finite` tells whether
+    those on the CPU were all finite at the latest call.
     """
 
     def __init__(
@@ -55,6 +57,11 @@ class Weights:
         self._lasting = lasting
         self._converted: dict[int, tuple[Hashable, torch.Tensor]] = {}
         self._freshness = Freshness()
+        self._odd: set[int] = set()
+
+    @property
+    def finite(self) -> bool:
+        return not self._odd
 
     def values(self) -> dict[int, torch.Tensor]:
         """Node index -> tensor, detached, for every leaf the output needs."""
@@ -86,6 +93,10 @@ class Weights:
             return kept[1]
         made = self._make(index, live)
         self._converted[index] = (key, made)
+        if self._lasting and made.device.type == "cpu" and made.is_floating_point():
+            # A finite sum is of finite numbers alone, and read in one pass; the sum of large ones may be infinite.
+            finite = math.isfinite(made.sum()) or bool(made.isfinite().all())
+            (self._odd.discard if finite else self._odd.add)(index)
         return made
 
     def _make(self, index: int, live: dict[int, torch.Tensor]) -> torch.Tensor:

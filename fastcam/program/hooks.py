@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,7 @@ from .layers import layer_names, several_outputs
 from .state import evaluating, exclusive, keeping_buffers, neutral_modes
 from .targets import Targets
 
-__all__ = ["HookSession", "check_batched", "hook_session"]
+__all__ = ["HookSession", "check_batched", "check_channels", "hook_session"]
 
 #: Modules whose output has its channels in the last dimension, and those that have them in the second.
 _LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm)
@@ -172,12 +173,28 @@ def check_batched(model: nn.Module, images: Tensor) -> None:
         _raise_if_one_image(model, images)
 
 
+def check_channels(model: nn.Module, images: Tensor, reason: str) -> None:
+    """Raise ValueError where `reason`, why the model does not run, is a convolution of other channels than `images`."""
+    found = re.search(r"to have (\d+) channels, but got (\d+) channels", reason)
+    if found is None or int(found[2]) != images.shape[1]:
+        return
+    _raise_if_one_image(model, images)
+    expected = int(found[1])
+    cure = f"pass images with {expected}"
+    if images.shape[-1] == expected:
+        cure = f"pass images.movedim(-1, 1) if the channels are last in {tuple(images.shape)}"
+    raise ValueError(
+        f"images have {images.shape[1]} channels and {type(model).__name__} takes images with {expected}: {cure}"
+    )
+
+
 def _call(model: nn.Module, images: Tensor, given: Tensor) -> Any:
     """The output for `images`, some of those that were `given`."""
     try:
         return model(images.clone())
-    except Exception:
+    except Exception as error:
         _raise_if_one_image(model, given)
+        check_channels(model, given, str(error))
         raise
 
 

@@ -78,7 +78,7 @@ class Bound:
             self._walk = (needs, rules, self.cut.relevance_walk(needs.composer, needs.below))
         return self._walk[2]
 
-    def session(self, folded: Callable[[], Bound] | None = None) -> CapturedSession:
+    def session(self, folded: Callable[[], CapturedSession] | None = None) -> CapturedSession:
         """The network with the weights of this moment; `folded` gives its folded twin where this one is not."""
         return CapturedSession(self, folded)
 
@@ -124,10 +124,21 @@ class Bindings:
         """
         # A run that converts the weights may as well fold the batch norms; the plain one gives the model's own bits.
         converted = fold or (foldable and (self._precision is not None or self._channels_last))
-        bound = self._bound(cut(program, feature, layer, folded=converted), own, wide)
         if converted:
-            return bound.session()
-        return bound.session(lambda: self._bound(cut(program, feature, layer, folded=True), own))
+            return self._folded(program, feature, layer, own, wide)
+        plain = self._bound(cut(program, feature, layer), own, wide)
+        return plain.session(lambda: self._folded(program, feature, layer, own))
+
+    def _folded(
+        self, program: Program, feature: int, layer: str, own: torch.dtype, wide: bool = False
+    ) -> CapturedSession:
+        """The session with folded batch norms, and packed weights unless one is not finite: ReLU inside a packed
+        convolution makes zeros of NaN, which nobody would notice."""
+        packed = self._bound(cut(program, feature, layer, folded=True), own, wide)
+        session = packed.session()
+        if packed.weights.finite:
+            return session
+        return self._bound(cut(program, feature, layer, folded=True, packed=False), own, wide).session()
 
     def _bound(self, made: Cut, own: torch.dtype, wide: bool = False) -> Bound:
         if made not in self._kept:
@@ -145,12 +156,15 @@ class Bindings:
 class CapturedSession(Session):
     """`Session` of a captured network.
 
-    folded  makes the binding of the same network with batch norms folded; None where this is it
+    folded  makes the session of the same network with batch norms folded; None where this is it
     leaves  other weights than the model's (`Weights.made_of`)
     """
 
     def __init__(
-        self, bound: Bound, folded: Callable[[], Bound] | None = None, leaves: dict[int, Tensor] | None = None
+        self,
+        bound: Bound,
+        folded: Callable[[], CapturedSession] | None = None,
+        leaves: dict[int, Tensor] | None = None,
     ):
         self.layer = bound.cut.layer
         self.bound = bound
@@ -273,7 +287,7 @@ class CapturedSession(Session):
     def output(self, images: Tensor, folded: bool = False) -> Any:
         if folded and self._make_folded is not None:
             if self._folded is None:
-                self._folded = self._make_folded().session()
+                self._folded = self._make_folded()
             return self._folded.output(images)
         return self._run_head(self._trunk(images))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 
 from fastcam._tracing import tracing
@@ -14,7 +15,15 @@ from fastcam._tracing import tracing
 __all__ = ["TargetSpec", "Targets", "class_scores", "resolve_targets", "scores_of"]
 
 TargetSpec: TypeAlias = (
-    int | str | Sequence[int] | Sequence[Sequence[int]] | torch.Tensor | Callable[[Any], torch.Tensor] | None
+    int
+    | str
+    | Sequence[int]
+    | Sequence[Sequence[int]]
+    | np.ndarray
+    | np.integer
+    | torch.Tensor
+    | Callable[[Any], torch.Tensor]
+    | None
 )
 
 
@@ -103,7 +112,9 @@ def _highest(text: str, output: torch.Tensor) -> torch.Tensor:
 def _as_indices(
     targets: Any, batch: int, classes: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if isinstance(targets, bool) or not isinstance(targets, (int, list, tuple, torch.Tensor)):
+    if isinstance(targets, np.integer):
+        targets = int(targets)
+    if isinstance(targets, bool) or not isinstance(targets, (int, list, tuple, np.ndarray, torch.Tensor)):
         raise TypeError(
             f"targets must be None, an int, a list of ints, an integer tensor, a text like 'top5' or a callable; "
             f"got {type(targets).__name__}"
@@ -114,10 +125,11 @@ def _as_indices(
         indices = torch.full((batch,), targets, dtype=torch.int64)
     else:
         try:
-            indices = torch.as_tensor(targets)
+            # NumPy arrays may be read-only, which a tensor cannot be.
+            indices = torch.as_tensor(targets.copy() if isinstance(targets, np.ndarray) else targets)
         except (TypeError, ValueError, RuntimeError) as error:
             raise TypeError(f"targets must hold integers, the same number for each image: {error}") from None
-        if indices.numel() == 0 and indices.ndim <= 1 and batch == 0:
+        if indices.numel() == 0 and indices.ndim <= 1:
             indices = indices.reshape(0).to(torch.int64)
         if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
             raise TypeError(f"targets must hold integers, got {indices.dtype}")
