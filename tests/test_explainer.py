@@ -369,7 +369,7 @@ def test_the_hook_path_refuses_what_needs_a_capture(images):
         (
             lambda m, x: fastcam.attribute(m, x.movedim(1, -1), "grad_cam"),
             ValueError,
-            r"have 16 channels and Small takes images with 3: pass images.movedim\(-1, 1\)",
+            r"have 12 channels and Small takes images with 3: pass images.movedim\(-1, 1\)",
         ),
         (lambda m, x: fastcam.attribute(m, x.double()), TypeError, "float64 and the model's parameters are .*float32"),
         (lambda m, x: fastcam.attribute(m, x.to("meta")), ValueError, "images are on meta and the model is on cpu"),
