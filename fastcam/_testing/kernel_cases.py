@@ -441,7 +441,7 @@ def relevance_split_oracle(
         u, v = first * _over(r, p, epsilon), (-second * _over(r, n, epsilon)).masked_fill(n == 0, 0.0)
         error_u, error_v = u.abs(), v.abs()
     elif rule == "gamma":
-        u = _over(r, z + first * p, epsilon).masked_fill(z <= 0, 0.0)
+        u = _over(r.masked_fill(z <= 0, 0.0), z + first * p, epsilon)
         v = _over(r, z + first * n, epsilon).masked_fill(z >= 0, 0.0)
         error_u, error_v = u.abs() * _worse(z, first * p), v.abs() * _worse(z, first * n)
     else:
