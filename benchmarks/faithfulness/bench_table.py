@@ -41,6 +41,8 @@ from fastcam.testbed.models import MEAN, MODELS, STD
 SEEDS = (0, 1, 2)
 RANDOM = {"random pixels": 1, "random blobs": 8}
 OPTIONS: dict[str, dict[str, Any]] = {"ss_cam": {"n": 2}, "is_cam": {"n": 2}}
+#: Of maps as they are; those that explain again share their explainer here.
+OF_MAPS = [name for name, metric in METRICS.items() if metric.needs != "method"]
 #: Too dear to be explained some twenty-five times more.
 NOT_ROBUST = ("score_cam", "ss_cam", "is_cam")
 KEYS = ("name", "model", "method", "n", "metrics", "times_forward")
@@ -95,7 +97,7 @@ def measured(model: nn.Module, method: str, images: int, robust: int) -> dict[st
         result = explain(inputs, targets)
         maps = getattr(result, "maps", result)
         settings = Settings(output="sigmoid", steps=20, chunk=64, mean=MEAN, std=STD, seed=seed)
-        each = evaluate(model, [Batch(inputs, maps, targets, masks)], list(METRICS), settings)
+        each = evaluate(model, [Batch(inputs, maps, targets, masks)], OF_MAPS, settings)
         for name, values in each.values.items():
             found.setdefault(name, []).append(torch.tensor(values, dtype=torch.float64))
         if getattr(result, "weights", None) is not None:
@@ -147,7 +149,7 @@ def main() -> None:
                 continue
             try:
                 found, times = measured(model, method, options.images, options.robust), cost(model, method)
-            except ValueError as error:  # a method for another kind of network
+            except fastcam.UnsupportedOpError as error:  # `rsp`: networks without sums
                 print(f"{name}: {method} left out: {error}", flush=True)
                 continue
             row = {"model": name, "method": method, "n": options.images * len(SEEDS), "metrics": found}
