@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcam.explainer import Attribution, Explainer
+from fastcam.explainer import Attribution as Found
+from fastcam.explainer import Explainer
 from fastcam.program.capture import CaptureError
 from fastcam.program.layers import UnfitLayer
 from fastcam.program.relevance import Composite, Epsilon, Norm, Pass
@@ -85,7 +86,7 @@ def _state(self: Any) -> dict[str, Any]:
 
 def _explain(
     self: Any, method: str, inputs: Any, target: Any, additional: Any, layer: Any = None, **options: Any
-) -> Attribution:
+) -> Found:
     """fastcam's attribution of the one input, at layer size and not normalised; the explainer is kept.
 
     Raises `_NotCovered` for what only Captum does.
@@ -107,7 +108,7 @@ def _explain(
     if kept.get("key") != key or "reference" in options:
         explainer = Explainer(model, method, layer=layer, size="layer", normalize=False, **options)
         kept |= {"key": key, "explainer": explainer}
-    found: Attribution = kept["explainer"](images.detach(), _spec(target, len(images)))
+    found: Found = kept["explainer"](images.detach(), _spec(target, len(images)))
     return found
 
 
@@ -241,7 +242,7 @@ class LayerDeepLift(_peer.LayerDeepLift):
 
 def _differences(
     self: Any, layer: Any, inputs: Any, baselines: Any, target: Any, additional: Any, delta: bool, custom: Any
-) -> Attribution:
+) -> Found:
     if custom is not None:
         raise _NotCovered("custom_attribution_func is given")
     if delta and not self.multiplies_by_inputs:
@@ -311,7 +312,7 @@ class LayerLRP(_Strict, _peer.LayerLRP):
         return (result, _lost(self, result, found, target)) if return_convergence_delta else result
 
 
-def _relevance(self: Any, layer: Any, inputs: Any, target: Any, additional: Any) -> Attribution:
+def _relevance(self: Any, layer: Any, inputs: Any, target: Any, additional: Any) -> Found:
     rules: dict[str, Any] = {}
     for name, module in self.model.named_modules(remove_duplicate=False):
         rule = getattr(module, "rule", None)
@@ -341,7 +342,7 @@ def _check_known(module: nn.Module) -> None:
         )
 
 
-def _lost(self: Any, result: Any, found: Attribution, target: Any) -> Tensor:
+def _lost(self: Any, result: Any, found: Found, target: Any) -> Tensor:
     delta: Tensor = self.compute_convergence_delta(result, _select_targets(found.scores, target))
     return delta
 
