@@ -277,28 +277,26 @@ def test_segmentation_by_a_callable():
 
 
 def test_detection_by_a_callable():
-    """The raw outputs of torchvision's RetinaNet head on two levels: the strongest anchor of a class."""
+    """The raw outputs of torchvision's SSDlite: the strongest anchor of a class."""
 
-    class Detector(nn.Module):
+    class Raw(nn.Module):
         def __init__(self):
             super().__init__()
-            from torchvision.models.detection.retinanet import RetinaNetHead
-
-            self.one, self.two = nn.Conv2d(3, 32, 3, 2, 1), nn.Conv2d(32, 32, 3, 2, 1)
-            self.head = RetinaNetHead(32, 2, 4, norm_layer=None)
+            make = torchvision_models().detection.ssdlite320_mobilenet_v3_large
+            made = make(weights=None, weights_backbone=None, num_classes=5)
+            self.backbone, self.head = made.backbone, made.head
 
         def forward(self, images):
-            one = self.one(images).relu()
-            return self.head([one, self.two(one).relu()])
+            return self.head(list(self.backbone(images).values()))
 
-    torchvision_models()
-    model, images = seeded(Detector), pictures(2, 16, 16)
+    model, images = seeded(Raw), pictures(1, 64, 64)
 
     def score(output: dict[str, torch.Tensor]) -> torch.Tensor:
         return output["cls_logits"][..., 2].amax(1)
 
-    result = fastcam.attribute(model, images, "grad_cam", layer="one", targets=score, normalize=False, relu=False)
-    by_hand(model, model.one, images, score, result.raw)
+    layer = "backbone.features.0"
+    result = fastcam.attribute(model, images, "grad_cam", layer=layer, targets=score, normalize=False, relu=False)
+    by_hand(model, model.get_submodule(layer), images, score, result.raw)
 
 
 def by_hand(model: nn.Module, module: nn.Module, images: torch.Tensor, score: Callable, raw: torch.Tensor) -> None:
@@ -340,12 +338,12 @@ def test_distributed_data_parallel(tmp_path):
 
 
 class Fused(nn.Module):
-    """Late fusion of an image and what is known beside it, which scales the features and adds to the scores."""
+    """Late fusion of SqueezeNet and what is known beside an image, which scales the features and adds to the scores."""
 
     def __init__(self):
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(3, 6, 3, 2, 1), nn.ReLU())
-        self.gate, self.head, self.aside = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(4, 5)
+        self.features = torchvision_models().squeezenet1_1(weights=None).features
+        self.gate, self.head, self.aside = nn.Linear(4, 512), nn.Linear(512, 5), nn.Linear(4, 5)
 
     def forward(self, images: torch.Tensor, *, known: dict[str, torch.Tensor]) -> torch.Tensor:
         gate = self.gate(known["age"]).sigmoid()[..., None, None]
@@ -354,14 +352,14 @@ class Fused(nn.Module):
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_model_of_several_inputs(rows, caplog):
-    model, images = seeded(Fused), pictures(3, 16, 16)
+    model, images = seeded(Fused), pictures(3, 64, 64)
     known = {"age": torch.randn(rows, 4, generator=torch.Generator().manual_seed(1))}
     bound = fastcam.bind(model, known=known)
     result = fastcam.attribute(bound, images, "grad_cam", targets=2, layer="model.features", normalize=False)
     everyone = {"age": known["age"].expand(3, 4)}
     assert torch.equal(result.scores, model(images, known=everyone).detach())
     gate = model.gate(everyone["age"]).sigmoid()
-    weights = model.head.weight[2] * gate / 64
+    weights = model.head.weight[2] * gate / 9
     expected = torch.einsum("bk,bkhw->bhw", weights, model.features(images)).relu().detach()
     torch.testing.assert_close(result.raw, expected, rtol=1e-5, atol=1e-6)
     assert ("hook" in caplog.text) == (rows == 3)
@@ -388,12 +386,14 @@ def test_tiles_of_a_network_without_borders_are_the_whole():
 
 
 def test_tiles_average_where_they_overlap():
-    model, images = gap_linear(), pictures(1, 8, 12)
-    result = fastcam.attribute_tiles(model, images, "lrp", tile=(8, 8), overlap=0.5, targets=2)
+    model = seeded(lambda: torchvision_models().squeezenet1_1(weights=None, num_classes=5)).double()
+    images = pictures(1, 64, 96).double()
+    result = fastcam.attribute_tiles(model, images, "lrp", tile=(64, 64), overlap=0.5, targets=2)
     left, right = (fastcam.attribute(model, part, "lrp", targets=2, normalize=False).maps
-                   for part in (images[..., :8], images[..., 4:]))  # fmt: skip
-    middle = (left[..., 4:] + right[..., :4]) / 2
-    expected = torch.cat([left[..., :4], middle, right[..., 4:]], -1)
+                   for part in (images[..., :64], images[..., 32:]))  # fmt: skip
+    middle = (left[..., 32:] + right[..., :32]) / 2
+    expected = torch.cat([left[..., :32], middle, right[..., 32:]], -1)
+    assert expected.abs().max() > 0
     torch.testing.assert_close(result.raw, expected, rtol=1e-6, atol=1e-7)
     torch.testing.assert_close(result.maps, expected / expected.abs().max(), rtol=1e-6, atol=1e-6)
 
