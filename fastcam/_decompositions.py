@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["table"]
+__all__ = ["copied", "table"]
 
 _aten = torch.ops.aten
 
@@ -32,7 +32,7 @@ def table() -> dict[Any, Callable[..., Any]]:
     found[_aten._adaptive_avg_pool3d_backward.default] = _adaptive_average_backward
     found[_aten.convolution_backward.default] = _convolution_backward
     found[_aten.empty_permuted.default] = _empty
-    found[_aten.copy.default] = _copy
+    found[_aten.copy.default] = copied
     return found
 
 
@@ -41,8 +41,8 @@ def _empty(size: Sequence[int], order: Sequence[int], **options: Any) -> Tensor:
     return torch.empty(size, **options)
 
 
-def _copy(into: Tensor, values: Tensor, non_blocking: bool = False) -> Tensor:
-    """Which autograd has no derivative of."""
+def copied(into: Tensor, values: Tensor, non_blocking: bool = False) -> Tensor:
+    """`aten.copy`, which autograd has no derivative of."""
     return values.to(into.dtype).expand(into.shape).clone()
 
 

@@ -742,3 +742,33 @@ def test_autocast_around_a_call_changes_nothing(method):
     assert found.maps.dtype == torch.float32
     torch.testing.assert_close(found.maps, expected.maps)
     torch.testing.assert_close(found.scores, expected.scores)
+
+
+def test_tensors_written_into_slices_behind_the_layer(images):
+    """What `copy` becomes has a derivative. Oracle: autograd through the module."""
+
+    class Halves(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.fc = nn.Conv2d(3, 8, 3), nn.Linear(8, 5)
+
+        def forward(self, x):
+            features = self.conv(x)
+            found = torch.zeros_like(features)
+            found[:, :4] = features[:, :4].sigmoid() * 2
+            found[:, 4:] = features[:, 4:].relu()
+            return self.fc(found.mean((2, 3)).tanh())
+
+    torch.manual_seed(0)
+    model = Halves().eval().double()
+    kept: list[torch.Tensor] = []
+    with torch.enable_grad():
+        hook = model.conv.register_forward_hook(lambda module, args, output: kept.append(output))
+        score = model(images.double())[:, 2].sum()
+        hook.remove()
+        (gradient,) = torch.autograd.grad(score, kept[0])
+    expected = (gradient.mean((2, 3), keepdim=True) * kept[0]).sum(1).detach()
+    found = fastcam.attribute(
+        model, images.double(), "grad_cam", layer="conv", targets=2, relu=False, normalize=False, size="layer"
+    )
+    torch.testing.assert_close(found.raw, expected, rtol=1e-10, atol=1e-14)

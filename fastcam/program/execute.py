@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastcam._decompositions import copied
+
 from .capture import Program
 from .freshness import Freshness
 from .nodes import ACTIVATIONS, FRESH, LEAVES, Node, Ref, map_refs, op_name, refs_in
@@ -18,6 +20,9 @@ from .tails import find_tails
 __all__ = ["Schedule", "Weights"]
 
 _IN_PLACE = ACTIVATIONS | {"add", "sub", "mul", "div"}
+
+#: Operators that autograd has no derivative of, written out. `copy` is what a write into a slice becomes.
+_WRITTEN_OUT: dict[Any, Callable[..., Any]] = {torch.ops.aten.copy.default: copied}
 
 
 class Weights:
@@ -144,7 +149,7 @@ class Schedule:
         for node in chosen:
             if node.index in fused:
                 continue
-            function: Callable[..., Any] = node.target
+            function: Callable[..., Any] = _WRITTEN_OUT.get(node.target, node.target)
             kwargs, result = node.kwargs, node.index
             if packed and op_name(node.target) == "conv2d":
                 tail = tails.get(node.index)
@@ -203,7 +208,7 @@ class Schedule:
         made: dict[int, Any] = {index: graph.placeholder(f"v{index}") for index in self._given}
         for node in self._nodes:
             mapped = map_refs(node.args, made.__getitem__), map_refs(node.kwargs, made.__getitem__)
-            made[node.index] = graph.call_function(node.target, *mapped)
+            made[node.index] = graph.call_function(_WRITTEN_OUT.get(node.target, node.target), *mapped)
         graph.output(tuple(made[index] for index in self._kept))
         return torch.fx.GraphModule(torch.nn.Module(), graph)
 
