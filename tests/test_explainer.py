@@ -772,3 +772,15 @@ def test_tensors_written_into_slices_behind_the_layer(images):
         model, images.double(), "grad_cam", layer="conv", targets=2, relu=False, normalize=False, size="layer"
     )
     torch.testing.assert_close(found.raw, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("options", [{}, {"channels_last": True}, {"precision": "bf16", "channels_last": True}])
+def test_nan_made_inside_the_network_is_told(options):
+    """A constant image, standardised by the network itself: a ReLU inside a convolution would make zeros of it."""
+
+    class Standardised(Small):
+        def forward(self, x):
+            return super().forward((x - x.mean((1, 2, 3), keepdim=True)) / x.std((1, 2, 3), keepdim=True))
+
+    with pytest.raises(ValueError, match="not finite"):
+        fastcam.attribute(Standardised().eval(), torch.ones(2, 3, 12, 10), "grad_cam", **options)

@@ -12,6 +12,9 @@ from .nodes import FRESH, Node, Ref, op_name
 
 __all__ = ["Tail", "find_tails"]
 
+#: What makes NaN of finite numbers where they are zero or negative.
+_MAY_FAIL = {"div", "log", "log2", "log10", "pow", "reciprocal", "rsqrt", "sqrt", "std", "std_mean"}
+
 
 @dataclass(frozen=True)
 class Tail:
@@ -31,6 +34,8 @@ def find_tails(program: Program, nodes: list[Node], keep: Container[int]) -> dic
     """Index of a 2-D convolution -> what of `nodes`, in the order in which they run, can be done with it.
 
     keep  values that must come into being and survive
+
+    A ReLU stays outside where the nodes could make NaN of finite images: inside a convolution it would become 0.
     """
     readers: dict[int, list[Node]] = {}
     readers_of_storage: dict[int, set[int]] = {}
@@ -57,19 +62,28 @@ def find_tails(program: Program, nodes: list[Node], keep: Container[int]) -> dic
             and all(reader < conv.index or reader == add.index for reader in readers_of_storage[root])
         )
 
+    fusable = not any(_may_fail(node, made) for node in nodes)
     found: dict[int, Tail] = {}
     for conv in nodes:
         after = only_reader(conv.index) if op_name(conv.target) == "conv2d" else None
         other = _other_summand(program, after, conv) if after is not None else None
         if after is not None and other is not None and overwritable(other, conv, after):
             relu = only_reader(after.index)
-            if relu is not None and op_name(relu.target) == "relu":
+            if fusable and relu is not None and op_name(relu.target) == "relu":
                 found[conv.index] = Tail((after.index, relu.index), other, relu=True)
             else:
                 found[conv.index] = Tail((after.index,), other, relu=False)
-        elif after is not None and op_name(after.target) == "relu":
+        elif fusable and after is not None and op_name(after.target) == "relu":
             found[conv.index] = Tail((after.index,), None, relu=True)
     return found
+
+
+def _may_fail(node: Node, made: Container[int]) -> bool:
+    """Quotients only where the divisor is computed: constants and weights are looked at elsewhere."""
+    name = op_name(node.target)
+    if name == "div":
+        return any(isinstance(divisor, Ref) and divisor.index in made for divisor in node.args[1:])
+    return name in _MAY_FAIL
 
 
 def _other_summand(program: Program, add: Node, conv: Node) -> int | None:
