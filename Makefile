@@ -10,7 +10,7 @@ PACKAGES := $(VENV)/.packages
 BUILT := $(VENV)/.built-ext=$(or $(FASTCAM_BUILD_EXT),auto)-cuda=$(or $(FASTCAM_BUILD_CUDA),auto)
 SOURCES := pyproject.toml setup.py kernels/__init__.py $(shell find csrc -type f)
 
-.PHONY: venv demo test test-peers lint format typecheck bench micro faithfulness gpu-check clean
+.PHONY: venv demo test test-computes test-library test-triton test-peers lint format typecheck bench micro faithfulness gpu-check clean
 
 venv: $(BUILT)
 
@@ -36,10 +36,20 @@ $(BUILT): $(PACKAGES) $(SOURCES)
 demo: venv
 	$(BIN)/fastcam demo
 
-# The Triton suite needs its own process: kernels are decorated for the interpreter or not at all.
-test: venv
-	$(BIN)/pytest -q --ignore=tests/triton
-	if [ -d tests/triton ]; then TRITON_INTERPRET=1 $(BIN)/pytest -q tests/triton; fi
+# Three processes, one after another or (`make -j3 -O test`) side by side: what computes, what stands around it, and the
+# Triton kernels, which are decorated for the interpreter or not at all.
+COMPUTES := tests/ops tests/methods tests/program
+
+test: test-computes test-library test-triton
+
+test-computes: venv
+	$(BIN)/pytest -q $(COMPUTES)
+
+test-library: venv
+	$(BIN)/pytest -q tests $(COMPUTES:%=--ignore=%) --ignore=tests/triton
+
+test-triton: venv
+	TRITON_INTERPRET=1 $(BIN)/pytest -q tests/triton
 
 # The libraries that fastcam.adapters stands in for, and what importing them takes; without dependencies, since theirs
 # would bring another torch, opencv with its windows, and TensorFlow. Then what models, data sets and stores may come
