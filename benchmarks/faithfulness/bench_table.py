@@ -149,7 +149,7 @@ def main() -> None:
                 continue
             try:
                 found, times = measured(model, method, options.images, options.robust), cost(model, method)
-            except fastcam.UnsupportedOpError as error:  # `rsp`: networks without sums
+            except (fastcam.UnsupportedOpError, ValueError) as error:  # `rsp`, `cam`: other networks
                 print(f"{name}: {method} left out: {error}", flush=True)
                 continue
             row = {"model": name, "method": method, "n": options.images * len(SEEDS), "metrics": found}
