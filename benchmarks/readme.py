@@ -618,6 +618,24 @@ def adapters() -> str:
     return "\n".join(lines)
 
 
+def profile() -> str:
+    meta, rows, path = load("profile_resnet50")
+    lines = [
+        f"{machine(meta)}, load average {meta['load']:.1f} when the file was written. [{Path(path).name}](../{path}).",
+        "",
+        "| method | by | batch | precision | ms (quartiles apart) | x forward | trunk, head, rules, post, other | peak MiB |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows.values():
+        stages = row.get("stages_us") or {}
+        shares = ", ".join(f"{part / sum(stages.values()):.0%}".replace("%", " %") for part in stages.values())
+        lines.append(
+            f"| {row['method']} | {row['backend']} | {row['batch']} | {row['precision']} | {row['median_us'] / 1e3:.1f} "
+            f"({row['iqr_us'] / 1e3:.1f}) | {row['times_forward']:.2f} | {shares} | {row['peak_mib']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def job_rates() -> str:
     meta, rows, path = load("jobs")
     lines = [
@@ -691,6 +709,7 @@ DOCUMENTS = {
     "docs/faithfulness.md": {"claims": page.claims, "heads": page.heads, "tables": page.tables},
     "docs/metrics.md": {"costs": metric_costs},
     "docs/adapters.md": {"adapters": adapters},
+    "docs/profiling.md": {"profile": profile},
     "docs/jobs.md": {"rates": job_rates, "storage": job_storage},
 }
 
