@@ -14,7 +14,8 @@ Held-out scenes of three seeds, the first of the two digits of each, classes ind
 `random pixels` and `random blobs` are maps of noise, the second at 12 x 12 and enlarged as CAMs are: what a metric
 gives to maps without any idea. `ss_cam` and `is_cam` run with n = 2, and the Score-CAM family has no robustness:
 minutes. Rows of networks and methods not asked for are kept from the newest file, so that the table can be made in
-parts: `--missing --budget 200`, until no row is missing.
+parts: `--missing --budget 200`, until no row is missing; then `--costs`, which takes the times of all rows again, on a
+machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -136,6 +137,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=12, help="scenes a seed (default: 12)")
     parser.add_argument("--robust", type=int, default=4, help="scenes a seed for robustness (default: 4)")
     parser.add_argument("--missing", action="store_true", help="only rows the newest file lacks")
+    parser.add_argument("--costs", action="store_true", help="take only the times again, of the rows that are there")
     parser.add_argument("--budget", type=float, default=float("inf"), help="start no row after these seconds")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -144,17 +146,21 @@ def main() -> None:
     for name in [options.model] if options.model else MODELS:
         model = load(name)
         for method in chosen:
-            start = time.perf_counter()
-            if start - begin > options.budget or (options.missing and f"{name}: {method}" in rows):
+            start, key = time.perf_counter(), f"{name}: {method}"
+            if options.costs:
+                if key in rows:
+                    rows[key]["times_forward"] = cost(model, method)
+                continue
+            if start - begin > options.budget or (options.missing and key in rows):
                 continue
             try:
                 found, times = measured(model, method, options.images, options.robust), cost(model, method)
             except (fastcam.UnsupportedOpError, ValueError) as error:  # `rsp`, `cam`: other networks
-                print(f"{name}: {method} left out: {error}", flush=True)
+                print(f"{key} left out: {error}", flush=True)
                 continue
             row = {"model": name, "method": method, "n": options.images * len(SEEDS), "metrics": found}
-            rows[f"{name}: {method}"] = {"name": f"{name}: {method}", **row, "times_forward": times}
-            print(f"{name}: {method}, {time.perf_counter() - start:.1f} s", flush=True)
+            rows[key] = {"name": key, **row, "times_forward": times}
+            print(f"{key}, {time.perf_counter() - start:.1f} s", flush=True)
     order = {f"{name}: {method}": i for i, (name, method) in enumerate((m, k) for m in MODELS for k in methods())}
     listed = sorted(rows.values(), key=lambda row: order.get(row["name"], len(order)))
     command = "python -P benchmarks/faithfulness/bench_table.py"
