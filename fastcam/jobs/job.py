@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
+
+from fastcam._device import device_of
 
 from .compute import Attributor
 from .layout import DONE, FAILED, TILE, Layout, storable
@@ -141,7 +142,7 @@ class Job:
                 "id,label)",
                 usage=True,
             )
-        self.device = _device(options.device)
+        self.device = device_of(options.device)
         self.loaded: LoadedModel = load_model(
             options.model,
             weights=options.weights,
@@ -376,17 +377,3 @@ def disk_message(root: Path, error: OSError) -> str:
         f"{root}: {error.strerror or error}{name}; what was done is safe: make room or choose another disk, then go on "
         "with --resume"
     )
-
-
-def _device(text: str) -> torch.device:
-    if text == "auto":
-        local = os.environ.get("LOCAL_RANK", "0")
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        return torch.device(f"cuda:{int(local) % torch.cuda.device_count()}")
-    try:
-        device = torch.device(text)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {text!r} cannot be used: {str(error).splitlines()[0]}") from error
-    return device

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from fastcam._device import device_of
 from fastcam.explainer import Explainer
 
 from . import report
@@ -82,6 +82,9 @@ def _evaluate(given: argparse.Namespace) -> Evaluation:
         value = getattr(given, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1; got {value}")
+    if Path(given.out).exists() and not Path(given.out).is_dir():
+        raise ValueError(f"--out must be a folder; {given.out} is a file")
+    given.device = device_of(given.device)
     return _testbed(given) if given.maps is None else _stored(given)
 
 
@@ -151,7 +154,7 @@ def _stored(given: argparse.Namespace) -> Evaluation:
         store, open_source(images), prepare, masks=given.masks, batch_size=given.batch_size, limit=given.limit,
         device=given.device,
     )  # fmt: skip
-    model = loaded.model.to(torch.device(given.device))
+    model = loaded.model.to(given.device)
     settings = _settings(given, "probability", prepare.mean, prepare.std, _as_made(store.provenance, prepare))
     names = _metrics(given.metrics, given.masks is not None)
     return evaluate(model, items, names, settings, {"maps": str(given.maps), **facts})

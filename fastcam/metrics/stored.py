@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
+
+from fastcam.models.prepare import ItemError, Prepare
 
 from .evaluate import Batch
 
@@ -41,7 +43,7 @@ class _Source(Protocol):
 def batches_of(
     store: _Store,
     source: _Source,
-    prepare: Callable[[Any], Tensor],
+    prepare: Prepare,
     *,
     masks: Path | None = None,
     batch_size: int = 16,
@@ -51,11 +53,12 @@ def batches_of(
     """Batches for `evaluate` of the store's items that are done, at most `limit` of them, in order.
 
     source   the images, by the ids the store has; of changed images the maps would be nonsense, so ids must fit
-    prepare  picture -> (C, H, W), as the job's model has it
-    masks    a folder of PNG files named as the items (suffix aside), white where the object is, of the pictures'
-             size or the prepared ones'; an item without one gets an empty mask, whose metrics are left out
+    prepare  of the job's pictures
+    masks    a folder of PNG files named as the items (suffix aside), white where the object is: of the picture's size,
+             then resized and cropped as the picture is, or else of the prepared one's; an item without one gets an
+             empty mask, whose metrics are left out
 
-    Raises ValueError where an item of the store is not among the images, or cannot be read.
+    Raises ValueError where an item of the store is not among the images, or it or its mask cannot be used.
     """
     rows = {source.key(index): index for index in range(len(source))}
     done = [row for row in range(len(store.ids)) if int(store.status[row]) == _DONE][:limit]
@@ -66,7 +69,8 @@ def batches_of(
     for start in range(0, len(done), batch_size):
         part = done[start : start + batch_size]
         names = [str(store.ids[row]) for row in part]
-        images = torch.stack([_read(source, rows[name], name, prepare) for name in names])
+        pictures = [_read(source, rows[name], name) for name in names]
+        images = torch.stack([prepare(picture) for picture in pictures])
         maps = torch.stack([store.map(row, "input") for row in part])
         targets = torch.as_tensor(np.stack([np.asarray(store.targets[row]) for row in part]))
         if bool((targets < 0).any()):  # fewer targets than the store has room for: no map, no metric
@@ -74,7 +78,7 @@ def batches_of(
             targets = targets.clamp(min=0)
         found = None
         if masks is not None:
-            read = [read_mask(masks, name, tuple(images.shape[2:])) for name in names]
+            read = [read_mask(masks, *item, prepare) for item in zip(names, pictures, strict=True)]
             lacking += sum(mask is None for mask in read)
             empty = torch.zeros(images.shape[2:], dtype=torch.bool)
             found = torch.stack([empty if mask is None else mask for mask in read])
@@ -86,17 +90,15 @@ def batches_of(
         log.warning("%d of %d items have no mask in %s", lacking, len(done), masks)
 
 
-def _read(source: _Source, index: int, name: str, prepare: Callable[[Any], Tensor]) -> Tensor:
-    from fastcam.models.prepare import ItemError
-
+def _read(source: _Source, index: int, name: str) -> Any:
     try:
-        return prepare(source.load(index).image)
+        return source.load(index).image
     except ItemError as error:
         raise ValueError(f"item {name!r}, whose map is in the store, cannot be read any more: {error}") from error
 
 
-def read_mask(folder: Path, name: str, size: tuple[int, ...]) -> Tensor | None:
-    """(H, W) bool of the item's PNG in `folder`, resized by the nearest pixel; None where there is none."""
+def read_mask(folder: Path, name: str, picture: Any, prepare: Prepare) -> Tensor | None:
+    """(H, W) bool of the item's PNG in `folder`, over the prepared picture; None where there is none."""
     try:
         from PIL import Image
     except ImportError as error:
@@ -104,6 +106,20 @@ def read_mask(folder: Path, name: str, size: tuple[int, ...]) -> Tensor | None:
     path = folder / Path(name).with_suffix(".png")
     if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
         return None
-    with Image.open(path) as file:
-        grey = torch.from_numpy(np.array(file.convert("L"), dtype=np.float32))
-    return functional.interpolate(grey[None, None], size=size, mode="nearest-exact")[0, 0] > 127
+    try:
+        with Image.open(path) as file:
+            mask = file.convert("L")
+    except OSError as error:
+        raise ValueError(f"mask {path} cannot be read: {error}") from error
+    ready = isinstance(picture, (np.ndarray, Tensor)) and "float" in str(picture.dtype)  # as `Prepare` tells them apart
+    if isinstance(picture, (np.ndarray, Tensor)):
+        own = tuple(picture.shape[1:] if ready else picture.shape[:2])
+    else:
+        own = (picture.height, picture.width)
+    wanted = own if ready else prepare.size
+    if mask.size == own[::-1] and not ready:
+        mask = dataclasses.replace(prepare, interpolation="nearest", mean=(0.0,), std=(1.0,)).view(mask)
+    elif wanted is None or mask.size != wanted[::-1]:
+        sizes = " or ".join(f"{size[0]} x {size[1]}" for size in dict.fromkeys((own, wanted)) if size is not None)
+        raise ValueError(f"mask {path} must be {sizes} (H x W), as the picture; it is {mask.height} x {mask.width}")
+    return torch.from_numpy(np.array(mask)) > 127

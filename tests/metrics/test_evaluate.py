@@ -16,6 +16,7 @@ from fastcam import metrics
 from fastcam.cli import main
 from fastcam.metrics import report, stored
 from fastcam.metrics.evaluate import METRICS, Batch, Settings, evaluate
+from fastcam.models.prepare import Prepare
 
 from .conftest import draw
 
@@ -160,11 +161,12 @@ class Shelf:
 def test_a_store_is_read_with_its_images_and_masks(model, images, maps, targets, masks, tmp_path, caplog):
     from PIL import Image
 
+    model, images = model.float(), images.float()
     shelf = Shelf(images, maps, targets)
     (tmp_path / "a").mkdir()
     Image.fromarray(masks[0].numpy().astype(np.uint8) * 255).save(tmp_path / "a" / "one.png")
     found = evaluate(
-        model, stored.batches_of(shelf, shelf, lambda image: image, masks=tmp_path, batch_size=1),
+        model, stored.batches_of(shelf, shelf, Prepare(), masks=tmp_path, batch_size=1),
         ["deletion_auc", "energy_pointing"],
     )  # fmt: skip
     assert found.ids == ["a/one.jpg", "a/three.jpg"]
@@ -174,15 +176,35 @@ def test_a_store_is_read_with_its_images_and_masks(model, images, maps, targets,
     assert found.values["energy_pointing"][0] == pytest.approx(metrics.energy_pointing(maps[0], masks[0]).item())
     assert math.isnan(found.values["energy_pointing"][1])
     assert "1 of 2 items have no mask" in caplog.text
-    one = list(stored.batches_of(shelf, shelf, lambda image: image, limit=1))
+    one = list(stored.batches_of(shelf, shelf, Prepare(), limit=1))
     assert [batch.ids for batch in one] == [["a/one.jpg"]]
     other = Shelf(images, maps, targets)
     other.ids = np.array(["x", "y", "z"])
     with pytest.raises(ValueError, match=r"item 'a/one\.jpg' of the store is not among the images"):
-        next(stored.batches_of(shelf, other, lambda image: image))
+        next(stored.batches_of(shelf, other, Prepare()))
     Image.fromarray(masks[0].numpy().astype(np.uint8) * 255).save(tmp_path / "outside.png")
-    assert stored.read_mask(tmp_path / "a", "../outside.jpg", (6, 7)) is None  # names do not leave the folder
-    assert stored.read_mask(tmp_path, "a/one.jpg", (12, 14)).sum() == 4 * masks[0].sum()
+    assert stored.read_mask(tmp_path / "a", "../outside.jpg", images[0], Prepare()) is None  # names stay in the folder
+    with pytest.raises(ValueError, match=r"mask .*outside\.png must be 8 x 7 \(H x W\), as the picture; it is 6 x 7"):
+        stored.read_mask(tmp_path, "outside.jpg", images[0, :, :1].expand(3, 8, 7), Prepare())
+
+
+def test_a_mask_is_cut_as_its_picture_is(tmp_path):
+    from PIL import Image
+
+    seen = np.zeros((40, 90), dtype=np.uint8)
+    seen[5:30, 20:50] = 255  # cut off at the left by the middle 32 x 32 of 32 x 72
+    Image.fromarray(seen).save(tmp_path / "photo.png")
+    picture = Image.fromarray(np.repeat(seen[..., None], 3, axis=2))
+    prepare = Prepare(size=(32, 32), resize=32, interpolation="nearest", mean=(0.0,) * 3, std=(1.0,) * 3)
+    want = prepare(picture)[0] > 0.5
+    assert 0 < want.sum() < 20 * 24
+    assert torch.equal(stored.read_mask(tmp_path, "photo.jpg", picture, prepare), want)
+    assert torch.equal(stored.read_mask(tmp_path, "photo.jpg", np.asarray(picture), prepare), want)
+    Image.fromarray(want.numpy()).save(tmp_path / "photo.png")  # of the prepared size: as it is
+    assert torch.equal(stored.read_mask(tmp_path, "photo.jpg", picture, prepare), want)
+    (tmp_path / "photo.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=r"mask .*photo\.png cannot be read"):
+        stored.read_mask(tmp_path, "photo.jpg", picture, prepare)
 
 
 def test_the_command_on_the_testbed(capsys, tmp_path):
@@ -214,6 +236,7 @@ def test_the_command_on_the_testbed(capsys, tmp_path):
         (["--method", "grad_cam", "--model", "testbed:tiny_resnet", "--metrics", "roads"], "did you mean 'road'"),
         (["--method", "grad_cam", "--model", "resnet50"], "pass --model testbed:NAME, not 'resnet50'"),
         (["--method", "grad_cam", "--model", "testbed:tiny_vgg", "--limit", "0"], "--limit must be at least 1; got 0"),
+        (["--method", "cam", "--model", "testbed:tiny_vgg", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
         (["--method", "grad_kam", "--model", "testbed:tiny_vgg"], "did you mean 'grad_cam'"),
     ],
 )
@@ -275,5 +298,7 @@ def test_the_command_on_the_store_of_a_job(capsys, tmp_path):
     capsys.readouterr()
     assert main(["evaluate", "--maps", str(store), "--model", "testbed:tiny_vgg", "--out", str(tmp_path)]) == 2
     assert "the maps explain other weights of 'testbed:tiny_resnet'" in capsys.readouterr().err
+    assert main(["evaluate", *words, "--out", str(tmp_path / "images" / "0.png")]) == 2
+    assert "--out must be a folder" in capsys.readouterr().err
     assert main(["evaluate", "--maps", str(tmp_path / "none.zarr"), "--out", str(tmp_path)]) == 2
     assert "none.zarr holds no store" in capsys.readouterr().err
