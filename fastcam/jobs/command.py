@@ -98,7 +98,11 @@ def _run_parser() -> argparse.ArgumentParser:
         prog="fastcam run", description="Explain every image of a data set into a store.", epilog=CODES
     )
     add, default = parser.add_argument, {name: f.default for name, f in Options.__dataclass_fields__.items()}
-    add("--model", required=True, help="torchvision:NAME, timm:NAME, hf:NAME, package.module:factory or program.pt2")
+    add(
+        "--model",
+        required=True,
+        help="torchvision:NAME, timm:NAME, hf:NAME, testbed:NAME, package.module:factory or program.pt2",
+    )
     add("--images", required=True, nargs="+", metavar="PATH",
         help="folders, .tar files or image files; one manifest (.csv, .parquet), .npy, .npz or .zarr")  # fmt: skip
     add("--out", required=True, help="the store, e.g. maps.zarr; {i} and {n} become the shard's numbers")
