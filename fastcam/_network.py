@@ -114,14 +114,22 @@ class Network:
                 if shape is not None and len(shape) == 2 and options.reshape_transform is None:
                     check_spatial(shape, name, images.ndim - 2, False)  # before anything takes it for a feature map
             except (CaptureError, LayerNotInProgram) as reason:
-                return self._hooked(images, method, needs, pixels, str(reason))
+                return self._hooked(images, method, needs, pixels, start, str(reason))
             # Folding norms into convolutions would take away the biases a method asks for.
             walked = isinstance(needs, Backward)
             fold = isinstance(needs, Backward) and needs.folded
             foldable = fold or (needs != "biases" and not walked)
             return self._bindings.session(program, feature, name, own, foldable, fold, wide=walked)
 
-    def _hooked(self, images: torch.Tensor, method: str, needs: Needs, pixels: bool, reason: str) -> Session:
+    def _hooked(
+        self,
+        images: torch.Tensor,
+        method: str,
+        needs: Needs,
+        pixels: bool,
+        start: Callable[[Any, Any, int], int | str | None] | None,
+        reason: str,
+    ) -> Session:
         check_channels(self.model, images, reason)
         captured = isinstance(needs, Backward) or needs in ("multipliers", "parts") or pixels
         unmet = [
@@ -142,7 +150,10 @@ class Network:
             )
         if _first_time(self.model, reason):
             log.warning("%s is explained through a forward hook: %s", type(self.model).__name__, reason)
-        return hook_session(self.model, self.layer, images, reason)
+        layer: Any = self.layer
+        if layer is None and start is not None:
+            layer = start(None, self.model, images.ndim - 2)
+        return hook_session(self.model, layer, images, reason)
 
     def _map_size(self, spatial: Sequence[int], features: torch.Tensor, layer: str) -> tuple[int, ...] | None:
         if math.prod(features.shape[2:]) == 1 and self.normalize:

@@ -339,7 +339,7 @@ class Method:
     pixels     whether layer=None means the input pixels rather than the last feature map
     signed     whether normalised maps are divided by their largest magnitude, to [-1, 1], rather than min-max scaled
     start      (program, model, spatial dimensions) -> the layer that layer=None stands for, a name or the index of a
-               value; None: the last feature map, or the input
+               value; None: the last feature map, or the input. The program is None where the network is not captured
     explains   "images", of any network, or what else
     certainty  what of it is reconstructed rather than read in the source, where that is so
     """

@@ -8,6 +8,7 @@ always sees the weights as they are when it runs.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import warnings
@@ -18,7 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.overrides import TorchFunctionMode
 
 from .functional import Functionalizer, NeedsDecomposition
@@ -137,7 +139,11 @@ def _capture(model: nn.Module, images: torch.Tensor) -> Program:
     # Under grad mode, else the no_grad blocks of the user's code would leave no mark in the graph.
     with evaluating(model), torch.inference_mode(False), torch.enable_grad(), _quiet():
         try:
-            with _noting_structured_outputs(model) as structured, _noting_cut_gradients() as cuts:
+            with (
+                _noting_structured_outputs(model) as structured,
+                _naming_graph_modules(model),
+                _noting_cut_gradients() as cuts,
+            ):
                 exported = torch.export.export(model, (example,), dynamic_shapes=(_batch_only(example),), strict=False)
         except Exception as error:
             raise CaptureError(f"torch.export cannot trace it: {_first_line(error)}") from error
@@ -204,6 +210,33 @@ def _noting_structured_outputs(model: nn.Module) -> Iterator[dict[str, str]]:
         yield found
     finally:
         handle.remove()
+
+
+@contextlib.contextmanager
+def _naming_graph_modules(model: nn.Module) -> Iterator[None]:
+    """While a model is traced in this thread, its parts made by `torch.fx` leave their names in the graph, as other
+    modules do: torch.export runs through them without."""
+    names = {id(module): name for name, module in model.named_modules() if isinstance(module, fx.GraphModule) and name}
+    calls = itertools.count()
+
+    def stack() -> dict[str, tuple[str, type]]:
+        mode = get_proxy_mode()
+        return {} if mode is None else mode.tracer.module_stack
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if id(module) in names:
+            name = names[id(module)]
+            stack()[f"{name}@graph{next(calls)}"] = (name, type(module))
+
+    def leave(module: nn.Module, args: Any, result: Any) -> None:
+        if id(module) in names:
+            (now := stack()).pop(next(reversed(now), ""), None)
+
+    with contextlib.ExitStack() as handles:
+        if names:
+            handles.callback(torch.nn.modules.module.register_module_forward_pre_hook(enter).remove)
+            handles.callback(torch.nn.modules.module.register_module_forward_hook(leave).remove)
+        yield
 
 
 def _batch_only(example: torch.Tensor) -> dict[int, Any]:

@@ -112,7 +112,7 @@ def _named(program: Program, model: nn.Module, layer: str | nn.Module) -> tuple[
                 raise several_outputs(name, f"{len(used)} values")
             if used:
                 return used[0], name
-    raise LayerNotInProgram(f"layer '{names[0]}' computes nothing the output needs")
+    raise LayerNotInProgram(f"layer '{names[0]}' does not run, or computes nothing of its own that the output needs")
 
 
 def shown(shape: tuple[int | None, ...]) -> str:

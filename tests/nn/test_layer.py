@@ -172,12 +172,35 @@ def test_a_last_map_made_between_modules():
     assert built(model).fc.in_features == 6
 
 
+def test_a_traced_part_is_explained_by_its_name(caplog):
+    """torch.export names no operation by the torch.fx part that runs it; the part ends in code between modules."""
+    ours = built(network(Functional)).eval()
+    found = fastcam.attribute(ours, pictures(), "lfi_cam", size="layer")
+    torch.testing.assert_close(found.maps, ours(pictures()).attention.squeeze(1).detach())
+    assert found.layer == "backbone"
+    assert not [record for record in caplog.records if record.name == "fastcam"]
+    program = capture(ours, pictures())
+    (value,) = program.layers["backbone"][-1]
+    assert "relu" in str(program.nodes[value].target)
+    assert program.layers["backbone.norm"][-1] != (value,)
+
+
+class Deciding(nn.Conv2d):
+    def forward(self, images):
+        return super().forward(images if images.sum() < 1e9 else -images)
+
+
+def test_a_network_that_cannot_be_captured_is_explained_at_its_backbone():
+    ours = LFICAM(Deciding(3, 6, 3), 4, channels=6).double().eval()
+    assert fastcam.attribute(ours, pictures(), "lfi_cam").layer == "backbone"
+
+
 @pytest.mark.parametrize("name", ["resnet18", "densenet121"])
 def test_torchvision_classifiers(name):
     torch.manual_seed(0)
     model = getattr(torchvision_models(), name)(weights=None).eval()
     images = torch.randn(2, 3, 64, 64)
-    ours = LFICAM(model, 3, channels=None).eval()
+    ours = LFICAM(model, 3, fin_kernel=1, fin_squeeze=8).eval()
     if name == "resnet18":
         taken = []
         with torch.no_grad():
