@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from fastcam.program.layers import layer_names
 
+from ._counts import check_counts
 from .truncate import features_of
 
 __all__ = ["densenet_bc", "resnet", "resnext29", "without_classifier"]
@@ -75,6 +76,7 @@ def resnet(depth: int = 20, *, block: Literal["basic", "bottleneck"] | None = No
     bottleneck blocks (None: those from depth 44 on, as LFI-CAM's experiments have it). Features at an eighth of the
     sides squared: 64 or 256 maps of 8x8.
     """
+    check_counts(depth=depth)
     if depth < 8 or (depth - 2) % 6:
         raise ValueError(f"depth must be 6 n + 2, from 8 on; got {depth}")
     kind = block or ("bottleneck" if depth >= 44 else "basic")
@@ -99,6 +101,7 @@ def densenet_bc(depth: int = 100, growth: int = 12) -> tuple[nn.Sequential, nn.S
 
     features, tail = densenet_bc();  LFICAM(features, 10, tail=tail)
     """
+    check_counts(depth=depth, growth=growth)
     if depth < 10 or (depth - 4) % 6:
         raise ValueError(f"depth must be 6 n + 4, from 10 on; got {depth}")
     width = 2 * growth
@@ -119,6 +122,7 @@ def resnext29(groups: int = 8, widen: int = 4, base: int = 64) -> nn.Sequential:
     """A ResNeXt-29 for 32-pixel images: three stages of three blocks with 64, 128, 256 maps times `widen`, `groups`
     groups of `base` maps, twice that a stage on. 1024 maps of 8x8 by default.
     """
+    check_counts(groups=groups, widen=widen, base=base)
     layers: list[nn.Module] = [nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True)]
     inputs = 64
     for stage in range(3):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from fastcam._dtypes import accumulation_dtype
 from fastcam._tracing import transformed
 from fastcam.program.state import evaluating
 
+from ._counts import check_counts
 from .truncate import features_of
 
 __all__ = ["LFICAM", "FeatureImportanceNetwork", "LFICAMOutput"]
@@ -50,7 +52,8 @@ class FeatureImportanceNetwork(nn.Module):
 
     Parameters: 36 K^2 + 8 K (kernel 3, squeeze 1); 3 K^2 + O(K) (kernel 1, squeeze 2).
     Shapes: features (B, K, h, w), grey (B, 1, h, w) -> (B, K), positive, sum 1, in the accumulation dtype.
-    Errors: ValueError for an unknown option, a squeeze that leaves no channel, or features of another K.
+    Errors: TypeError for a count that is no integer; ValueError for an unknown option, a squeeze that leaves no
+    channel, or features of another K.
     Source: Lee et al., LFI-CAM, ICCV 2021, arXiv 2105.00937, and its released network.
     """
 
@@ -73,7 +76,8 @@ class FeatureImportanceNetwork(nn.Module):
             raise ValueError(f"relu must be 'pairs' or 'all'; got {relu!r}")
         if input not in ("masked", "features"):
             raise ValueError(f"input must be 'masked' or 'features'; got {input!r}")
-        if channels < 1 or squeeze < 1 or channels // squeeze < 1:
+        check_counts(channels=channels, squeeze=squeeze)
+        if channels // squeeze < 1:
             raise ValueError(f"{channels} channels // squeeze={squeeze} leaves none")
         self.channels = channels
         self.input = input
@@ -122,16 +126,18 @@ class LFICAM(nn.Module):
     layer         dotted name or module of the backbone; None: its output, or where that is no feature map its last one
     channels      K; None: found by running the backbone on one black image of `image_size`
     image_size    (C, H, W) of that image; the only size that a backbone takes which `torch.fx` cannot trace
-    tail          module between the attended features and the pooling (DenseNet's last norm and ReLU); None: nothing
+    tail          module between the attended features and the pooling (DenseNet's last norm and ReLU), which keeps K
+                  channels; None: nothing
     fin_kernel, fin_squeeze, fin_relu, fin_input, fin_init   the options of `FeatureImportanceNetwork`; fin_relu None:
                   "pairs" up to an `image_size` of 64 pixels, "all" beyond
     attention     False: A = 0 in the logits, the plain classifier (for comparison); the map is still returned
     constant_map  attention of a constant P: "raw" P itself, which may exceed 1 · "zeros"
 
     Returns `LFICAMOutput`. Shapes: images (B, C, H, W), logits (B, classes), attention (B, 1, h, w), importance (B, K).
-    Errors: TypeError for a backbone that is no module; ValueError or RuntimeError as `features_of` where it cannot be
-    cut; ValueError for features with a single position, for options as `FeatureImportanceNetwork`, and in evaluation
-    mode on the CPU for features that are not finite.
+    Errors: TypeError for a backbone that is no module, or a count that is no integer; ValueError or RuntimeError as
+    `features_of` where it cannot be cut, RuntimeError where it cannot run on an image of `image_size`; ValueError for
+    features with a single position, for a tail that changes their number, for options as `FeatureImportanceNetwork`,
+    and in evaluation mode on the CPU for features that are not finite.
     With `attention=False` the importance network gets no gradient from the logits; DistributedDataParallel then wants
     `find_unused_parameters=True`.
     Cost: backbone, four convolutions of K channels, linear layer; the rest is two fused ops, and two in the backward
@@ -160,8 +166,12 @@ class LFICAM(nn.Module):
         super().__init__()
         if constant_map not in ("raw", "zeros"):
             raise ValueError(f"constant_map must be 'raw' or 'zeros'; got {constant_map!r}")
-        if num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1; got {num_classes}")
+        check_counts(num_classes=num_classes, **{} if channels is None else {"channels": channels})
+        if tail is not None and not isinstance(tail, nn.Module):
+            raise TypeError(f"tail must be None or a torch.nn.Module; got {type(tail).__name__}")
+        if not isinstance(image_size, Sequence) or isinstance(image_size, str) or len(image_size) != 3:
+            raise ValueError(f"image_size must be (C, H, W); got {image_size!r}")
+        check_counts(**{f"image_size[{place}]": size for place, size in enumerate(image_size)})
         self.backbone, channels = _features(backbone, layer, channels, image_size)
         relu: Literal["pairs", "all"] = fin_relu or ("pairs" if max(image_size[1:]) <= 64 else "all")
         self.fin = FeatureImportanceNetwork(
@@ -180,8 +190,13 @@ class LFICAM(nn.Module):
         attended, attention = _attend(features, importance, self.constant_map)
         if not self.training and not _traced() and attention.device.type == "cpu":
             _check_finite(attention)
-        logits = self.fc(self.tail(attended if self.attention else features).mean((2, 3)))
-        return LFICAMOutput(logits, attention, importance)
+        passed = self.tail(attended if self.attention else features)
+        if passed.ndim != 4 or passed.shape[1] != self.fc.in_features:
+            raise ValueError(
+                f"tail must give (B, {self.fc.in_features}, h, w), as many channels as the features have; "
+                f"it gave {tuple(passed.shape)}"
+            )
+        return LFICAMOutput(self.fc(passed.mean((2, 3))), attention, importance)
 
 
 def grey_at(images: Tensor, size: torch.Size) -> Tensor:
@@ -242,8 +257,14 @@ def _features(
 
 
 def _run(backbone: nn.Module, image: Tensor) -> Any:
-    with evaluating(backbone), torch.no_grad():
-        return backbone(image)
+    try:
+        with evaluating(backbone), torch.no_grad():
+            return backbone(image)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"the backbone does not run on a black image of image_size={tuple(image.shape[1:])}, by which its channels "
+            f"are counted: {error}. Pass the size that it takes, or channels="
+        ) from error
 
 
 def _traced() -> bool:

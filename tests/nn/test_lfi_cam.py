@@ -567,6 +567,16 @@ def test_bad_networks_and_images():
         TypeError, match=r"features, tail = densenet_bc\(\); LFICAM\(features, num_classes, tail=tail\)"
     ):
         LFICAM(densenet_bc(10, growth=4), 10)
+    for option in ({"channels": "64"}, {"channels": 4.0}, {"num_classes": "2"}, {"fin_squeeze": True}):
+        with pytest.raises(TypeError, match=r"must be an integer; got ('64'|4\.0|'2'|True)"):
+            LFICAM(nn.Conv2d(3, 4, 3), **{"num_classes": 2} | option)
+    for size, message in ((64, "must be"), ((3, 2, 2), r"does not run on .* image_size=\(3, 2, 2\), .* or channels=")):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            LFICAM(nn.Conv2d(3, 4, 3), 2, image_size=size)
+    with pytest.raises(ValueError, match=r"tail must give \(B, 4, h, w\), .*; it gave \(2, 9, 6, 6\)"):
+        LFICAM(nn.Conv2d(3, 4, 3), 2, tail=nn.Conv2d(4, 9, 1))(torch.randn(2, 3, 8, 8))
+    with pytest.raises(TypeError, match="depth must be an integer; got '20'"):
+        resnet("20")
     bad = pictures(3)
     bad[1, 0, 0, 0] = math.nan
     model = small()
