@@ -14,8 +14,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 __all__ = ["kept_hash", "tensors_hash"]
 
-#: Of each model the hash found last, and of which state of which tensors.
-_kept: weakref.WeakKeyDictionary[nn.Module, tuple[Any, list[StorageWeakRef], str]] = weakref.WeakKeyDictionary()
+#: Of each model the hashes found last, by the tensors' names, and of which state of them.
+_Known = tuple[Any, list[StorageWeakRef], str]
+_kept: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, ...], _Known]] = weakref.WeakKeyDictionary()
 
 
 def tensors_hash(tensors: Iterable[tuple[str, Any]]) -> str:
@@ -39,13 +40,18 @@ def kept_hash(model: nn.Module, tensors: Mapping[str, Tensor]) -> str:
     Writes through `.data`, which PyTorch does not count, go unseen. Cost, where nothing changed: a look at each
     tensor's address and count of writes.
     """
-    # While a weak reference lives, no other storage gets the same address of its bookkeeping.
-    storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors.values()]
     state = [
-        (name, storage.cdata, tensor.data_ptr(), tensor.shape, 0 if tensor.is_inference() else tensor._version)
-        for (name, tensor), storage in zip(tensors.items(), storages, strict=True)
+        (tensor.untyped_storage()._cdata, tensor.data_ptr(), tensor.shape, _writes(tensor))
+        for tensor in tensors.values()
     ]
-    known = _kept.get(model)
+    every, names = _kept.setdefault(model, {}), tuple(tensors)
+    known = every.get(names)
     if known is None or known[0] != state:
-        known = _kept[model] = state, storages, tensors_hash(tensors.items())
+        # While a weak reference lives, no other storage gets the same address of its bookkeeping.
+        storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in tensors.values()]
+        known = every[names] = state, storages, tensors_hash(tensors.items())
     return known[2]
+
+
+def _writes(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

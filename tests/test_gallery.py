@@ -158,15 +158,20 @@ def test_galleries_of_other_weights_before_the_layer_are_refused(embedding, tmp_
 def test_weights_are_hashed_once_for_each_state(monkeypatch):
     model, a, hashed = network(), pictures(2), []
     monkeypatch.setattr(_weights_hash, "tensors_hash", lambda tensors: hashed.append(len(tensors)) or "hash")
-    explainer = fastcam.PairExplainer(model)
-    gallery = explainer.gallery(pictures(3, 2))
+    explainer, earlier = fastcam.PairExplainer(model), fastcam.PairExplainer(model, layer="body.0", embedding="avg")
+    gallery, shallow = explainer.gallery(pictures(3, 2)), earlier.gallery(pictures(3, 2))
+    noted = []
+    monkeypatch.setattr(_weights_hash, "StorageWeakRef", noted.append)
     for _ in range(2):
         fastcam.PairExplainer(model).cross(a, gallery)
-    assert hashed == [4]  # of the two convolutions
+        earlier.cross(a, shallow)
+    assert hashed == [4, 2]  # of two convolutions and of one
+    assert noted == []  # where nothing has changed, nothing is noted either
     with torch.no_grad():
         model.body[2].weight.add_(1)
     explainer.cross(a, gallery)
-    assert hashed == [4, 4]
+    earlier.cross(a, shallow)
+    assert hashed == [4, 2, 4]
 
 
 def test_features_stored_in_half_precision_and_none():

@@ -138,12 +138,12 @@ class Cut:
         return RelevanceWalk(self.program, stop, nodes, sizes, composer, ends, self.packed, rest)
 
     @cached_property
-    def leaves_before(self) -> tuple[int, ...]:
+    def leaves_before(self) -> frozenset[int]:
         """Leaves of the model, themselves or folded into others, that the feature map depends on."""
         nodes = self.program.nodes
         needed = self.program.ancestors(frozenset({self.feature}))
         needed |= {leaf for index in needed if nodes[index].kind == "folded" for leaf in nodes[index].target.leaves()}
-        return tuple(index for index in sorted(needed) if nodes[index].kind in ("parameter", "buffer", "constant"))
+        return frozenset(index for index in needed if nodes[index].kind in ("parameter", "buffer", "constant"))
 
     @cached_property
     def arrangement(self) -> Callable[[Tensor], Tensor] | None:

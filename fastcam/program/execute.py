@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Container, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -88,6 +88,12 @@ class Weights:
         """Node index -> tensor, detached, for every leaf of the model that `values` are made of."""
         live = {index: owner[name].detach() for index, owner, name in self._slots}
         live.update(self._constants)
+        return live
+
+    def own(self, indices: Container[int]) -> dict[int, torch.Tensor]:
+        """Node index -> the model's own tensor, for those of `sources()` among `indices`."""
+        live = {index: owner[name] for index, owner, name in self._slots if index in indices}
+        live.update((index, tensor) for index, tensor in self._constants.items() if index in indices)
         return live
 
     def _convert(self, index: int, live: dict[int, torch.Tensor], keys: dict[int, Hashable]) -> torch.Tensor:

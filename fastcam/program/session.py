@@ -293,8 +293,8 @@ class CapturedSession(Session):
 
     def weights_before(self) -> dict[str, Tensor]:
         """Name -> tensor, for every leaf of the model that the features depend on."""
-        live = self.bound.weights.sources()
-        return {self.cut.program.nodes[index].target: live[index] for index in self.cut.leaves_before}
+        live = self.bound.weights.own(self.cut.leaves_before)
+        return {self.cut.program.nodes[index].target: tensor for index, tensor in live.items()}
 
     def arrangement(self) -> Callable[[Tensor], Tensor] | None:
         return self.cut.arrangement
