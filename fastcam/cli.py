@@ -29,7 +29,7 @@ def _dispatched(words: list[str]) -> int:
     if words[:1] == ["train-lficam"]:
         from fastcam.nn import train  # its parser shows defaults that stand there
 
-        return train.main(words[1:])
+        return train.main(words[1:], "fastcam train-lficam")
     if words[:1] in (["run"], ["merge"]):
         from fastcam.jobs import command
 

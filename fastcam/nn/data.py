@@ -71,12 +71,14 @@ class ImageFolder:
 
 
 def image_folder(root: str | Path, *, resize: int | None = None) -> tuple[ImageFolder, list[str]]:
-    """The images of `root`/class/..., and the classes' names in alphabetical order.
+    """The images of `root`/class/..., and the classes' names in alphabetical order; hidden folders are no classes.
 
     Raises ValueError where there is no such folder, no class, or a class without images.
     """
     root = Path(root)
-    names = sorted(path.name for path in root.iterdir() if path.is_dir()) if root.is_dir() else []
+    if not root.is_dir():
+        raise ValueError(f"there is no folder {root}")
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     if not names:
         raise ValueError(f"{root} holds no folders; expected one for each class, with its images inside")
     paths: list[Path] = []

@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,11 @@ class Recipe:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
         if not 0 < self.rate < math.inf:
             raise ValueError(f"rate must be positive; got {self.rate}")
+        for name, least in (("mean", -math.inf), ("std", 0)):
+            numbers = getattr(self, name)
+            if len(numbers) not in (1, 3) or not all(least < number < math.inf for number in numbers):
+                kind = "positive" if name == "std" else "finite"
+                raise ValueError(f"{name} must be one or three {kind} numbers; got {', '.join(map(str, numbers))}")
         if not 0 <= self.validation < 1:
             raise ValueError(f"validation must lie in [0, 1); got {self.validation}")
 
@@ -108,7 +114,7 @@ def train(
     held out.
 
     out      folder for `last.pt`, replaced after each epoch in one step, and `best.pt`; None: none
-    resume   go on from `last.pt`, if there is one
+    resume   go on from `last.pt`, if there is one; `epochs` may be more than the run was begun with
     loss     (output, labels) -> scalar; None: cross-entropy of the output, or of its `logits`
     workers  threads that read and cut images
     note     is told of the progress, a line an epoch
@@ -128,7 +134,7 @@ def train(
         )
     kept, shown = order[: len(images) - held], order[len(images) - held :]
     if len(kept) < recipe.batch:
-        raise ValueError(f"{len(kept)} training images make no batch of {recipe.batch}")
+        raise ValueError(f"{len(kept)} training images make no batch of {recipe.batch}; pass a smaller batch")
     optimizer = torch.optim.SGD(model.parameters(), recipe.rate, recipe.momentum, weight_decay=recipe.decay)
     report, best = Report(), _state(model)
     facts = {"recipe": asdict(recipe), "identity": _identity(model, images) | dict(about or {})}
@@ -310,13 +316,20 @@ def _restore(
     for part, what in (("recipe", "another recipe"), ("identity", "another network or other images")):
         then = before[part]
         changed = [
-            f"{key} was {then.get(key)!r}, is {value!r}" for key, value in now[part].items() if then.get(key) != value
+            f"{key} was {then.get(key)!r}, is {value!r}"
+            for key, value in now[part].items()
+            if then.get(key) != value and key != "epochs"  # which no step depends on
         ]
         if changed:
             raise ValueError(f"{path} is a run of {what}: {'; '.join(changed)}")
+    report = Report(**before["report"])
+    if len(report.losses) > now["recipe"]["epochs"]:
+        raise ValueError(
+            f"{path} has {len(report.losses)} epochs behind it, more than epochs={now['recipe']['epochs']}"
+        )
     model.load_state_dict(document["model"])
     optimizer.load_state_dict(document["optimizer"])
-    return Report(**before["report"]), document["best"]
+    return report, document["best"]
 
 
 def load(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -371,13 +384,17 @@ def run(given: argparse.Namespace) -> int:
     """Train as the options say, print the accuracies; 0, or 2 for options that do not fit."""
     try:
         return _run(given)
-    except (ValueError, RuntimeError, OSError, ImportError, FloatingPointError, AssertionError) as error:
+    except (ValueError, RuntimeError, OSError, ImportError, FloatingPointError) as error:
         print(f"fastcam: {error}", file=sys.stderr)
         return 2
 
 
 def _run(given: argparse.Namespace) -> int:
-    if given.threads:
+    for option in ("threads", "workers", "images"):
+        number = getattr(given, option)
+        if number is not None and number < 1:
+            raise ValueError(f"--{option} must be at least 1; got {number}")
+    if given.threads is not None:
         torch.set_num_threads(given.threads)
     small = given.data == "testbed"
     side = given.size if given.size <= 64 else round(given.size * 8 / 7)  # 256 for views of 224
@@ -387,6 +404,11 @@ def _run(given: argparse.Namespace) -> int:
         images, _ = digits(given.images, size=given.size, seed=given.seed)
     else:
         images, names = image_folder(given.data, resize=side)
+        if len(names) == 1:
+            raise ValueError(f"{given.data} holds the class '{names[0]}' alone; a classifier needs two or more")
+    tested: Images | None = digits(2000, split="test", size=given.size)[0] if small else None
+    if given.test:  # looked at now, not after hours
+        tested = _renumbered(*image_folder(given.test, resize=side), names)
     usual = Recipe() if given.size <= 64 else Recipe(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     recipe = Recipe(
         epochs=given.epochs,
@@ -403,21 +425,21 @@ def _run(given: argparse.Namespace) -> int:
     )
     torch.manual_seed(given.seed)
     built = (given.network, len(names), given.size, not given.plain, given.stem)
-    model = lfi_cam_of(*built[:3], branch=built[3], stem=built[4]).to(given.device)
+    model = lfi_cam_of(*built[:3], branch=built[3], stem=built[4])
+    try:
+        model.to(given.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {given.device}: {error}") from error
     data = given.data if given.data == "testbed" else str(Path(given.data).resolve())
     about = {"built": list(built), "classes": names, "data": data}
-    report = train(
-        model, images, recipe, given.out, resume=given.resume, workers=given.workers, note=print, about=about
-    )
+    note = partial(print, flush=True)  # into pipes and files, too
+    report = train(model, images, recipe, given.out, resume=given.resume, workers=given.workers, note=note, about=about)
     accuracy = report.validation[report.best]
     print(
         f"best epoch {report.best + 1}, held-out accuracy {accuracy:.4f}"
         if recipe.validation
         else f"kept epoch {report.best + 1}, the last one: no images were held out to choose by"
     )
-    tested: Images | None = digits(2000, split="test", size=given.size)[0] if small else None
-    if given.test:
-        tested = _renumbered(*image_folder(given.test, resize=side), names)
     if tested is not None:
         print(f"test accuracy {evaluate(model, tested, recipe):.4f} on {len(tested)} images")
     print(Path(given.out) / "best.pt")
@@ -441,8 +463,8 @@ def _renumbered(images: ImageFolder, own: Sequence[str], names: Sequence[str]) -
     return replace(images, labels=places[images.labels])
 
 
-def main(given: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m fastcam.nn.train", description="Train an LFI-CAM network.")
+def main(given: Sequence[str] | None = None, prog: str = "python -m fastcam.nn.train") -> int:
+    parser = argparse.ArgumentParser(prog=prog, description="Train an LFI-CAM network.")
     arguments(parser)
     return run(parser.parse_args(given))
 

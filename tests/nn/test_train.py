@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -147,7 +148,17 @@ def test_another_recipe_or_a_forgotten_resume_is_refused(tmp_path):
     with pytest.raises(FileExistsError, match="--resume"):
         train(small(), stripes(), RECIPE, tmp_path)
     with pytest.raises(ValueError, match=r"another recipe: rate was 0.1, is 0.2"):
-        train(small(), stripes(), Recipe(**{**RECIPE.__dict__, "rate": 0.2}), tmp_path, resume=True)
+        train(small(), stripes(), replace(RECIPE, rate=0.2), tmp_path, resume=True)
+
+
+def test_a_run_may_be_made_longer(tmp_path):
+    train(small(), stripes(), replace(RECIPE, epochs=2), tmp_path)
+    found, whole = small(), small()
+    report = train(found, stripes(), RECIPE, tmp_path, resume=True)
+    assert report.losses == train(whole, stripes(), RECIPE).losses
+    assert all(torch.equal(a, b) for a, b in zip(found.state_dict().values(), whole.state_dict().values(), strict=True))
+    with pytest.raises(ValueError, match=r"has 4 epochs behind it, more than epochs=3"):
+        train(found, stripes(), replace(RECIPE, epochs=3), tmp_path, resume=True)
 
 
 def test_bad_data(tmp_path):
@@ -238,9 +249,17 @@ def test_command_on_a_folder(tmp_path, capsys):
     assert cli.main([*words, "--resume", "--plain"]) == 2
     assert "another network or other images: built was" in capsys.readouterr().err
     fresh = [*words, "--out", str(tmp_path / "other")]
+    one = tmp_path / "one"
+    (one / ".cache").mkdir(parents=True)
+    (one / "beech").symlink_to(data / "beech")
     for more, message in (
         (["--network", "vgg"], "unknown network 'vgg'"),
-        (["--data", str(tmp_path / "nothing")], "holds no folders"),
+        (["--data", str(tmp_path / "nothing")], "there is no folder"),
+        (["--data", str(one)], "holds the class 'beech' alone"),
+        (["--test", str(tmp_path / "nothing"), "--epochs", "1000"], "there is no folder"),  # before it trains
+        (["--std", "0,1,1"], "std must be one or three positive numbers; got 0.0, 1.0, 1.0"),
+        (["--mean", "1,2"], "mean must be one or three finite numbers; got 1.0, 2.0"),
+        (["--workers", "0"], "--workers must be at least 1; got 0"),
         (["--epochs", "0"], "epochs must be at least 1"),
         (["--batch", "0"], "batch must be at least 1"),
         (["--validation", "1.5"], "validation must lie in"),
@@ -249,7 +268,7 @@ def test_command_on_a_folder(tmp_path, capsys):
         (["--drops", "7.5"], "--drops must be whole numbers"),
         (["--mean", "0.5,half,0.5"], "--mean must be numbers with commas between them"),
         (["--rate", "1e20"], "not finite in epoch"),
-        (["--device", "nowhere"], "nowhere"),
+        (["--device", "nowhere"], "--device nowhere: "),
     ):
         assert cli.main([*fresh, *more]) == 2
         assert message in capsys.readouterr().err
