@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastcam._pictures import upright_rgb
+
 __all__ = ["ImageFolder", "Images", "Stored", "augmented", "digits", "image_folder"]
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".tif", ".tiff"})
@@ -43,7 +45,8 @@ class Stored:
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """Image files, decoded when asked for; `resize` is the shorter side's length, or None."""
+    """Image files, decoded when asked for, as `fastcam run` does (upright, what is transparent on white, 16-bit grey
+    scaled to 8); `resize` is the shorter side's length, or None."""
 
     paths: Sequence[Path]
     labels: Tensor
@@ -60,7 +63,8 @@ class ImageFolder:
         path = self.paths[index]
         try:
             with Image.open(path) as file:
-                picture = file.convert("RGB")
+                file.load()  # what is cut short says so here
+                picture = upright_rgb(file)
         except Exception as error:
             raise ValueError(f"cannot read the image {path}: {error}") from error
         if self.resize is not None:

@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -202,6 +203,15 @@ def test_image_folder(tmp_path):
     assert images.image(0).shape == (3, 16, 18)
     assert images.image(1).shape == (3, 16, 38)
     torch.testing.assert_close(images.image(3)[:, 0, 0], torch.tensor([0, 0, 100 / 255]))
+    ramp = np.linspace(0, 1, 16 * 18).reshape(16, 18)
+    PIL.fromarray((ramp * 65535).astype(np.uint16)).save(tmp_path / "ash" / "0.png")
+    torch.testing.assert_close(images.image(0)[0], torch.tensor(ramp, dtype=torch.float32), rtol=0, atol=0.003)
+    PIL.new("RGBA", (16, 18), (9, 9, 9, 0)).save(tmp_path / "ash" / "0.png")
+    assert bool((images.image(0) == 1).all())
+    turned = PIL.Exif()
+    turned[0x0112] = 6  # a quarter to the right
+    PIL.new("RGB", (16, 18)).save(tmp_path / "ash" / "0.png", exif=turned)
+    assert images.image(0).shape == (3, 16, 18)
     (tmp_path / "beech" / "0.png").write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"cannot read the image .*beech/0.png"):
         images.image(2)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fastcam._pictures import UnknownWhite, upright_rgb
 from fastcam.models.prepare import MAX_PIXELS, ItemError, too_many_pixels
 from fastcam.nn.data import SUFFIXES as COMMON
 
@@ -57,7 +58,7 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
     `max_pixels` pixels (found before anything is decompressed), or has values without a known white.
     Cost: the decoding, and one copy for each conversion that is needed.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     if not data:
         raise ItemError("the file is empty (0 bytes)")
@@ -72,10 +73,11 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
             picture.load()
             if fine is not None:
                 picture.paste(fine)
-            upright = _upright(picture, ImageOps)
-            return _rgb(upright, Image)
+            return upright_rgb(picture)
     except ItemError:
         raise
+    except UnknownWhite as error:
+        raise ItemError(str(error)) from error
     except UnidentifiedImageError as error:
         raise ItemError(f"no image: {len(data)} bytes that begin with {data[:8]!r}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -145,28 +147,6 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS.split() if name in Image.OPEN)
 
 
-def _upright(picture: Image, ops: Any) -> Image:
-    """As the camera was held; pixels whose EXIF block is damaged are taken as they lie."""
-    try:
-        ops.exif_transpose(picture, in_place=True)
-    except MemoryError:
-        raise
-    except Exception:
-        return picture
-    return picture
-
-
-def _rgb(picture: Image, module: Any) -> Image:
-    if picture.mode == "F" or picture.mode.startswith("I"):
-        picture = module.fromarray(_eight_bits(picture))
-    if picture.has_transparency_data:
-        layer = picture.convert("RGBA")
-        ground = module.new("RGBA", picture.size, "white")
-        return module.alpha_composite(ground, layer).convert("RGB")
-    # A copy in any case: the opened file's own object is closed.
-    return picture.convert("RGB") if picture.mode != "RGB" else picture.copy()
-
-
 #: Pillow's unpackers of 16-bit samples (big-endian, little-endian, native) keep the high byte; -> those of the low one.
 _LOW_BYTE = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 
@@ -197,19 +177,6 @@ def _sixteen_bits(picture: Any, data: bytes, module: Any) -> Image | None:
     values = np.asarray(picture).astype(np.uint16) * np.uint16(256) + (low[..., [1, 1, 1, 3]] if grey else low)
     quotient = values // np.uint16(257)
     return module.fromarray((quotient + (values - quotient * np.uint16(257) > 128)).astype(np.uint8), picture.mode)
-
-
-def _eight_bits(picture: Image) -> np.ndarray:
-    """Grey values of 16-bit, 32-bit and floating-point pictures as uint8; ItemError where white is unknown."""
-    values = np.asarray(picture)
-    low, high = values.min(), values.max()  # NaN fails both comparisons below
-    if picture.mode == "F":
-        if not (low >= 0 and high <= 1):
-            raise ItemError(f"floating-point pixels from {low:.3g} to {high:.3g}; only [0, 1] has a known white")
-        return (values * 255 + 0.5).astype(np.uint8)
-    if not (low >= 0 and high <= 65535):
-        raise ItemError(f"integer pixels from {low} to {high}; only 8 and 16 bits have a known white")
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 def _text(error: Exception) -> str:
