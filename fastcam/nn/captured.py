@@ -30,9 +30,8 @@ def part_of_program(model: nn.Module, program: Program, index: int, layer: str) 
     norms = {i for i in normalising if isinstance(modules.get(program.nodes[i].module), _BatchNorm)}
     _refuse_what_changes(modules, program, needed - {index}, norms, layer)
     graph, held, made = fx.Graph(), {}, {}
-    images = graph.placeholder("images")
-    size = tuple(program.nodes[program.input].shape or ())[1:]
-    made[program.input] = graph.call_function(_of_size, (images, size))
+    held["_of_size"] = _OfSize(tuple(program.nodes[program.input].shape or ())[1:])
+    made[program.input] = graph.call_module("_of_size", (graph.placeholder("images"),))
 
     def value(i: int) -> Any:
         if i not in made:  # a leaf
@@ -86,10 +85,17 @@ def _attribute(modules: dict[str, nn.Module], target: str) -> Tensor:
     return found
 
 
-def _of_size(images: Tensor, size: tuple[int, ...]) -> Tensor:
-    if tuple(images.shape[1:]) != size:
-        raise ValueError(
-            f"this backbone was captured for images (B, {', '.join(map(str, size))}); got {tuple(images.shape)}. "
-            "Capture it at their size: LFICAM(image_size=), features_of(images=)"
-        )
-    return images
+class _OfSize(nn.Module):
+    """Images as they are, of one size. A module: torch.fx traces into functions when it is unpickled."""
+
+    def __init__(self, size: tuple[int | None, ...]):
+        super().__init__()
+        self._size = size
+
+    def forward(self, images: Tensor) -> Tensor:
+        if tuple(images.shape[1:]) != self._size:
+            raise ValueError(
+                f"this backbone was captured for images (B, {', '.join(map(str, self._size))}); got "
+                f"{tuple(images.shape)}. Capture it at their size: LFICAM(image_size=), features_of(images=)"
+            )
+        return images

@@ -100,7 +100,7 @@ def _traced(model: nn.Module, name: str, found: _Place | None) -> nn.Module:
 class _Whole(fx.Tracer):
     """Keeps the layer whole, and everything beside the way to it that reads its training flag."""
 
-    def __init__(self, layer: str):
+    def __init__(self, layer: str = ""):  # unpickling a traced module makes its tracer without arguments
         super().__init__()
         self._layer = layer
 

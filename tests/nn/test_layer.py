@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -117,6 +118,14 @@ def test_equals_the_backbone_cut_by_hand(kind, layer):
         torch.testing.assert_close(model.get_buffer(name), value)
     assert model.stem[1].num_batches_tracked == 1
     torch.testing.assert_close(tuple(ours.eval()(pictures())), tuple(theirs.eval()(pictures())))
+
+
+@pytest.mark.parametrize("kind", [Classifier, Checked], ids=["traced", "captured"])
+def test_survives_pickling(kind):
+    ours = built(network(kind), layer="layer2").eval()
+    again = pickle.loads(pickle.dumps(ours))
+    assert torch.equal(again(pictures()).logits, ours(pictures()).logits)
+    assert list(again.state_dict()) == list(ours.state_dict())
 
 
 def test_shares_the_model_and_leaves_its_classifier_out():
