@@ -167,8 +167,8 @@ class PairExplainer(EmbeddingNetwork):
             raise ValueError("neighbours vote by their labels; make the gallery with labels=")
         if isinstance(k_neighbors, bool) or not isinstance(k_neighbors, int) or k_neighbors < 1:
             raise ValueError(f"k_neighbors must be an integer from 1 on; got {k_neighbors!r}")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be positive; got {temperature}")
+        if not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be a positive number; got {temperature!r}")
         with neutral_modes():
             left, right = self._side(images), self._side(gallery)
             if len(right) == 0:

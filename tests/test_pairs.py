@@ -547,6 +547,9 @@ ERRORS = [
         "never",
     ),
     ({"gem_power": 0}, ValueError, "gem_power must be a positive number"),
+    ({"relu": "no"}, TypeError, "relu must be True or False; got 'no'"),
+    ({"dissimilarity": "yes"}, TypeError, "dissimilarity must be True or False; got 'yes'"),
+    ({"normalize_embedding": 1}, TypeError, "normalize_embedding must be True or False; got 1"),
     ({"layer": "feature"}, ValueError, "has no layer 'feature'"),
     ({"method": "grad_cam"}, ValueError, "explains images one by one .* sfam"),
 ]

@@ -57,6 +57,17 @@ class CamOptions(MethodOptions):
     relu: bool = True
     eigen_smooth: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_flags(relu=self.relu, eigen_smooth=self.eigen_smooth)
+
+
+def check_flags(**options: Any) -> None:
+    """Raises TypeError for an option that is neither True nor False."""
+    for name, value in options.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False; got {value!r}")
+
 
 @dataclass(frozen=True)
 class Pixels:

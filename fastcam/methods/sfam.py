@@ -15,7 +15,7 @@ from torch.nn import functional
 from fastcam import ops
 from fastcam._dtypes import accumulation_dtype
 
-from ._method import CamOptions, PairMethod, Shares
+from ._method import CamOptions, PairMethod, Shares, check_flags
 
 __all__ = ["METHOD", "SfamOptions", "among", "sfam"]
 
@@ -47,6 +47,9 @@ class SfamOptions(CamOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_flags(dissimilarity=self.dissimilarity)
+        if self.normalize_embedding is not None:
+            check_flags(normalize_embedding=self.normalize_embedding)
         if self.eigen_smooth:
             raise ValueError("sfam takes no eigen_smooth: its maps are sums of weighted channels")
         for name, known in (
