@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -209,6 +210,27 @@ ZOO = ["resnet18", "vgg11_bn", "densenet121", "mobilenet_v2", "efficientnet_b0"]
 ZOO_METHODS = ["grad_cam", "lift_cam", "a_fmi", "lrp", "attribution_equilibrium"]
 
 
+def clear_of_steps(model: nn.Module, batch: torch.Tensor, count: int) -> torch.Tensor:
+    """The `count` images whose activations stay farthest from 0.
+
+    Attribution Equilibrium asks which are above it. Where one of a million is nearer than rounding, two right programs
+    answer differently, and their maps are apart by up to 1e-3.
+    """
+    twin = copy.deepcopy(model).double()
+    nearest = torch.full((len(batch),), torch.inf, dtype=torch.float64)
+
+    def look(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        distance = inputs[0].abs().flatten(1)
+        torch.minimum(nearest, torch.where(distance > 0, distance, torch.inf).amin(1), out=nearest)
+
+    for module in twin.modules():
+        if isinstance(module, (nn.ReLU, nn.ReLU6, nn.SiLU, nn.Conv2d)):
+            module.register_forward_pre_hook(look)
+    with torch.no_grad():
+        twin(batch.double())
+    return batch[nearest.topk(count).indices]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ZOO_METHODS)
 @pytest.mark.parametrize("name", ZOO)
@@ -224,10 +246,9 @@ def test_torchvision(tmp_path, name, method):
     with torch.no_grad():
         model.train()(images(8, seed=9, side=64))
     model.eval()
-    options = {"threshold": 0.1} if (name, method) == ("efficientnet_b0", "attribution_equilibrium") else {}
-    example, batch = images(2, side=64), images(3, seed=5, side=64)
-    program = fastcam.export_program(model, method, example, **options)
-    expected = fastcam.attribute(model, batch, method, **options)
+    example, batch = images(2, side=64), clear_of_steps(model, images(64, seed=5, side=64), 3)
+    program = fastcam.export_program(model, method, example)
+    expected = fastcam.attribute(model, batch, method)
     scores, maps = program.module()(batch)
     torch.testing.assert_close(maps, expected.maps, rtol=0, atol=1e-4)
     torch.testing.assert_close(scores, expected.scores, rtol=1e-4, atol=1e-4)
