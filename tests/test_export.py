@@ -49,17 +49,30 @@ class Mean(nn.Module):
         return x.mean(2)
 
 
+class Gated(nn.Module):
+    """A squeeze-and-excitation gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.gate, self.fc = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 1), nn.Linear(6, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.features(x).relu()
+        return self.fc((x * self.gate(x.mean((2, 3), keepdim=True)).sigmoid()).mean((2, 3)))
+
+
 CASES = [
     ("full_grad", pooled, None, {}),
     ("lift_cam", vgg_like, torch.tensor([3, 1]), {}),
     ("a_fmi", vgg_like, torch.tensor([[0, 2], [4, 4]]), {"size": (20, 12)}),
-    ("lrp", residual, 4, {}),
+    ("lrp", lambda: seeded(Gated), 4, {}),
     ("attribution_equilibrium", residual, None, {}),
 ]
 MORE = [
     ("lift_cam", gap_linear, None, {}),
     ("grad_cam_pp", vgg_like, "top2", {"size": "layer", "normalize": False}),
     ("hires_cam", residual, torch.tensor([1, 2]), {}),
+    ("lrp", residual, None, {}),
     ("lrp", vgg_like, None, {"composite": "epsilon_gamma_box", "low": -3.0, "high": 3.0}),
     ("relevance_cam", vgg_like, None, {}),
     ("eigen_cam", residual, None, {}),

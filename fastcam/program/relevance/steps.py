@@ -7,6 +7,7 @@ the relevance of what the step reads.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -212,7 +213,7 @@ def product(step: StepView, rule: Rule, given: list[Any]) -> Given:
     if isinstance(rule, Gradient):
         return derivative(step, rule, given)
     operands = [arg.index for arg in step.node.args[:2] if isinstance(arg, Ref) and arg.index in step.active]
-    sizes = [step.shapes[ref].numel() for ref in operands]
+    sizes = [math.prod(step.shapes[ref][1:]) for ref in operands]  # of one image: their number may be free
     if len(operands) == 2 and sizes[0] == sizes[1] and op_name(step.node.target) == "mul":
         if operands[0] == operands[1]:
             return {operands[0]: given}
