@@ -19,7 +19,7 @@ __all__ = ["evaluating", "exclusive", "fingerprint", "forward_hooked", "keeping_
 exclusive = threading.RLock()
 
 _SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
-_BOOKKEEPING = frozenset({"training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"})
+_BOOKKEEPING = frozenset(vars(nn.Module()))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -93,7 +93,10 @@ def fingerprint(model: nn.Module) -> int:
     Settings are the plain values (numbers, strings, tuples and lists of them, dtypes, devices) and the callables among
     a module's attributes. A setting hidden in another object (a dict, a user's config class) is not seen.
     """
-    return hash(tuple(item for name, module in model.named_modules() for item in _describe(name, module)))
+    found: list[Any] = []
+    for name, module in model.named_modules():
+        _describe(name, module, found)
+    return hash(tuple(found))
 
 
 _tokens: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
@@ -108,19 +111,17 @@ def _token(module: nn.Module) -> int:
     return found
 
 
-def _describe(name: str, module: nn.Module) -> Iterator[Any]:
-    yield name
-    yield _token(module)
-    yield type(module)
-    yield bool(module._forward_hooks or module._forward_pre_hooks)
+def _describe(name: str, module: nn.Module, found: list[Any]) -> None:
+    """Adds what counts of one module; at every explanation of every module, so it makes little on the way."""
+    found += (name, _token(module), type(module), bool(module._forward_hooks or module._forward_pre_hooks))
     for key, value in vars(module).items():
-        if key in _BOOKKEEPING or key.endswith("_hooks"):
+        if key in _BOOKKEEPING:
             continue
         if isinstance(value, _SCALARS):
-            yield key, value
+            found += (key, value)
         elif isinstance(value, (tuple, list)):
-            yield key, tuple(v if isinstance(v, _SCALARS) else id(v) for v in value)
+            found += (key, tuple([v if isinstance(v, _SCALARS) else id(v) for v in value]))
         elif callable(value) or isinstance(value, torch.Tensor):
-            yield key, id(value)
+            found += (key, id(value))
     for key, parameter in module._parameters.items():
-        yield key, parameter is None
+        found += (key, parameter is None)
