@@ -13,6 +13,17 @@
 
 namespace fastcam {
 
+// a where a comparison of V holds, else b. For vectors by their bits: GCC 12 computes nested choices, and several by one
+// comparison, lane by lane in 64-byte vectors.
+template <typename C, typename V>
+FASTCAM_HD V choice(C condition, V a, V b) {
+  if constexpr (std::is_same_v<C, bool>) {
+    return condition ? a : b;
+  } else {
+    return reinterpret_cast<V>((reinterpret_cast<C>(a) & condition) | (reinterpret_cast<C>(b) & ~condition));
+  }
+}
+
 template <typename A>
 FASTCAM_HD bool is_finite(A x) {
   return x - x == A(0);  // inf - inf and NaN - NaN are NaN
@@ -351,31 +362,26 @@ FASTCAM_HD V similarity_weight(V part, V base, V gain, V divisor, V shift) {
 template <typename V>
 FASTCAM_HD V lfi_lower(V x, V low) {
   const V lower = x < low ? x : low;  // a NaN in `low` stays
-  return x == x ? lower : x;
+  return choice(x == x, lower, x);
 }
 
 // Where f lies between its channel's extremes: 1 in a constant channel, 0 where f is 0. A NaN `low` gives NaN.
 template <typename V>
 FASTCAM_HD V lfi_normalized(V f, V low, V high) {
-  const V found = (f - low) / (high - low);
-  const V unless_constant = low == high ? V{} + 1 : found;
-  const V at_zero = low == low ? V{} : low;
-  return f == 0 ? at_zero : unless_constant;
+  const V unless_constant = choice(low == high, V{} + 1, (f - low) / (high - low));
+  return choice(f == 0, choice(low == low, V{}, low), unless_constant);
 }
 
 // The gradient of a channel's normalised values, before it is divided by the channel's extent.
 template <typename V>
 FASTCAM_HD V lfi_passed(V grad, V grey, V f) {
-  const V product = grad * grey;
-  return f == 0 ? V{} : product;
+  return choice(f == 0, V{}, grad * grey);
 }
 
 // The gradient d / extent of (x - low) / (high - low) and what its lowest and highest values get in addition.
 template <typename V>
 FASTCAM_HD V lfi_through_min_max(V d, V x, V low, V high, V at_low, V at_high) {
-  const V lowest = x == low ? at_low : V{};
-  const V highest = x == high ? at_high : V{};
-  return d / (high - low) + lowest - highest;
+  return d / (high - low) + choice(x == low, at_low, V{}) - choice(x == high, at_high, V{});
 }
 
 // What each of the lowest and of the highest values gets, from sums over d and d * scaled and the number of those values.

@@ -48,10 +48,4 @@ inline Chunk check_mask_by_features(const at::Tensor& images, const at::Tensor& 
   return {rows, first, last - first + 1, start % channels, minmax_first};
 }
 
-// (count,C,H,W) in the layout that the op promises.
-inline at::Tensor empty_masked_images(const at::Tensor& images, const Chunk& chunk) {
-  const auto format = is_channels_last(images) ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
-  return fastcam::empty({chunk.count, images.size(1), images.size(2), images.size(3)}, images.options(), format);
-}
-
 }  // namespace fastcam

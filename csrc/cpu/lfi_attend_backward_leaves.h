@@ -36,7 +36,7 @@ struct LfiMapGradient {
       if (a.grad_attention != nullptr) d += given.at(p);
       total += raw.once(p, d), weighted += raw.once(p, d * attention.at(p));
       const V x = raw.at(p);
-      lowest += raw.once(p, x == low ? one : V{}), highest += raw.once(p, x == high ? one : V{});
+      lowest += raw.once(p, choice(x == low, one, V{})), highest += raw.once(p, choice(x == high, one, V{}));
     }
     const auto shares = lfi_shares(horizontal_sum<N>(total), horizontal_sum<N>(weighted), horizontal_sum<N>(lowest),
                                    horizontal_sum<N>(highest), range.high - range.low);

@@ -40,7 +40,7 @@ struct LfiMaskBackwardChannels {
         const V f = row.at(p), d = row.once(p, lfi_passed(grad.at(p), grey.at(p), f));
         total += d;
         weighted += row.once(p, d * ((f - low) / (high - low)));
-        lowest += row.once(p, f == low ? one : V{}), highest += row.once(p, f == high ? one : V{});
+        lowest += row.once(p, choice(f == low, one, V{})), highest += row.once(p, choice(f == high, one, V{}));
       }
       const auto shares = lfi_shares(horizontal_sum<N>(total), horizontal_sum<N>(weighted), horizontal_sum<N>(lowest),
                                      horizontal_sum<N>(highest), range.high - range.low);
@@ -82,7 +82,7 @@ struct LfiMaskBackwardPositions {
         const V f = load_most<N>(features + i, length - i), l = load<N>(low + i), h = load<N>(high + i);
         const V d = lfi_passed(load_most<N>(grad + i, length - i), splat<N>(a.grey[p]), f);
         add<N>(total + i, d), add<N>(weighted + i, d * ((f - l) / (h - l)));
-        add<N>(lowest + i, f == l ? one : V{}), add<N>(highest + i, f == h ? one : V{});
+        add<N>(lowest + i, choice(f == l, one, V{})), add<N>(highest + i, choice(f == h, one, V{}));
       }
     }
     for (int64_t i = 0; i < length; ++i) {
@@ -97,7 +97,7 @@ struct LfiMaskBackwardPositions {
         const V f = load_most<N>(features + i, length - i), l = load<N>(low + i), h = load<N>(high + i);
         const V d = lfi_passed(load_most<N>(grad + i, length - i), splat<N>(a.grey[p]), f);
         const V found = lfi_through_min_max(d, f, l, h, load<N>(total + i), load<N>(weighted + i));
-        store_first<N>(out + i, l == h ? V{} : found, length - i);
+        store_first<N>(out + i, choice(l == h, V{}, found), length - i);
       }
     }
   }

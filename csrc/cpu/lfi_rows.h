@@ -6,6 +6,17 @@
 
 namespace fastcam::cpu {
 
+// N lanes of ones, of zeros and of ones: from inside, any number of first or last lanes.
+template <typename I, int N>
+struct LanesKept {
+  I masks[3 * N] = {};
+  constexpr LanesKept() {
+    for (int i = 0; i < N; ++i) masks[i] = masks[2 * N + i] = -1;
+  }
+};
+template <typename I, int N>
+inline constexpr LanesKept<I, N> kLanesKept;
+
 // A row whose last vector begins earlier where it would end beyond: elements may be read, computed and written twice,
 // always alike, and nothing outside is touched.
 template <typename T, int N>
@@ -29,11 +40,8 @@ struct LfiRow {
   FASTCAM_INLINE V once(int64_t i, V v) const {
     if (i + N <= count) return v;
     using I = std::conditional_t<sizeof(Accumulate<T>) == 8, int64_t, int32_t>;
-    const I seen = static_cast<I>(count >= N ? i - (count - N) : 0), end = static_cast<I>(smaller(count, N));
-    Vector<I, N> lane;
-    for (int j = 0; j < N; ++j) lane[j] = j;
-    const V upper = lane >= seen ? v : V{};
-    return lane < end ? upper : V{};
+    const I* lanes = kLanesKept<I, N>.masks + (count >= N ? 2 * N - (i - (count - N)) : N - count);
+    return reinterpret_cast<V>(reinterpret_cast<Vector<I, N>>(v) & load_raw<I, N>(lanes));
   }
 };
 

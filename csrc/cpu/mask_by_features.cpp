@@ -9,6 +9,7 @@
 #include "cpu/layout.h"
 #include "cpu/mask_by_features_leaves.h"
 #include "cpu/resampling.h"
+#include "cpu/result_memory.h"
 #include "mask_by_features.h"
 #include "ops.h"
 
@@ -92,6 +93,7 @@ void compute_rows(const Problem& x, Tensor& result) {
       args.mask = maker.make(x.minmax_first);
       args.noise = noise == nullptr ? nullptr : noise + row * x.positions();
       args.scale = static_cast<A>(x.scale);
+      args.streamed = result.nbytes() >= kStreamed;
       args.channels = x.channels, args.positions = x.positions(), args.image_channel = x.images.row;
       x.channels_last ? run<MaskPositions<S>>(args) : run<MaskChannels<S>>(args);
     }
@@ -109,18 +111,19 @@ void compute(const Problem& x, Tensor& result) {
 Tensor mask_by_features(const Tensor& images, const Tensor& features, int64_t start, std::optional<int64_t> count,
                         const std::optional<Tensor>& noise, double scale, std::string_view order) {
   const Chunk chunk = check_mask_by_features(images, features, start, count, noise, scale, order);
-  Tensor result = empty_masked_images(images, chunk);
-  if (result.numel() == 0) return result;
-  advise_huge_pages(result.const_data_ptr(), result.nbytes());
-
   Problem x;
   x.channels_last = is_channels_last(images);
+  const int64_t c = images.size(1), h = images.size(2), w = images.size(3), size = c * h * w;
+  const int64_t strides[] = {size, x.channels_last ? 1 : h * w, x.channels_last ? w * c : w, x.channels_last ? c : 1};
+  Tensor result = empty_result({chunk.count, c, h, w}, strides, images.scalar_type());
+  if (result.numel() == 0) return result;
+
   x.images = as_images(images.narrow(0, chunk.first_image, chunk.images), x.channels_last);
   x.features = features.narrow(0, chunk.first_image, chunk.images);
   if (noise.has_value()) x.noise = noise->to(accumulation_dtype(images.scalar_type())).contiguous();
   x.minmax_first = chunk.minmax_first, x.scale = scale;
   x.first_pair = chunk.first_channel, x.count = chunk.count;
-  x.channels = images.size(1), x.height = images.size(2), x.width = images.size(3);
+  x.channels = c, x.height = h, x.width = w;
   switch (images.scalar_type()) {
     case at::kDouble: compute<double>(x, result); break;
     case at::kFloat: compute<float>(x, result); break;

@@ -2,7 +2,7 @@
 // them, resize and min-max, is cam_map_finish.h's.
 #pragma once
 
-#include "cpu/leaf.h"
+#include "cpu/stream.h"
 
 namespace fastcam::cpu {
 
@@ -41,11 +41,13 @@ struct MaskArgs {
   Accumulate<S> scale;
   int64_t channels, positions;
   int64_t image_channel;  // between channels of an NCHW image; the result's are dense, and all of a channels_last one
+  bool streamed;          // whether the result goes past the caches
 };
 
 // mask = scale * (mask + noise), in place.
 template <int N, typename S>
 FASTCAM_INLINE void weigh(const MaskArgs<S>& a) {
+  if (a.noise == nullptr && a.scale == 1) return;
   for (int64_t p = 0; p < a.positions; p += N) {
     const int64_t n = smaller(N, a.positions - p);
     auto m = n == N ? load<N>(a.mask + p) : load_first<N>(a.mask + p, n);
@@ -56,8 +58,18 @@ FASTCAM_INLINE void weigh(const MaskArgs<S>& a) {
 
 // out[i] = image[i] * mask[i].
 template <int N, typename S>
-FASTCAM_INLINE void multiply(const S* image, const Accumulate<S>* mask, S* out, int64_t length) {
+FASTCAM_INLINE void multiply(const S* image, const Accumulate<S>* mask, S* out, int64_t length, bool streamed) {
   int64_t i = 0;
+  if constexpr (N * sizeof(S) % 16 == 0) {
+    if (streamed) {
+      const int64_t ahead = smaller(elements_ahead(out, sizeof(S)), length);
+      for (; i < ahead; i += N) {
+        store_first<N>(out + i, load_first<N>(image + i, smaller(N, ahead - i)) * load_first<N>(mask + i, smaller(N, ahead - i)),
+                       ahead - i);
+      }
+      for (i = ahead; i + N <= length; i += N) stream(out + i, narrow<S, N>(load<N>(image + i) * load<N>(mask + i)));
+    }
+  }
   for (; i + N <= length; i += N) store<N>(out + i, load<N>(image + i) * load<N>(mask + i));
   const int64_t n = length - i;
   if (n > 0) store_first<N>(out + i, load_first<N>(image + i, n) * load_first<N>(mask + i, n), n);
@@ -70,8 +82,9 @@ struct MaskChannels {  // NCHW
     constexpr int N = kLanes<BYTES, S>;
     weigh<N>(a);
     for (int64_t c = 0; c < a.channels; ++c) {
-      multiply<N>(a.image + c * a.image_channel, a.mask, a.out + c * a.positions, a.positions);
+      multiply<N>(a.image + c * a.image_channel, a.mask, a.out + c * a.positions, a.positions, a.streamed);
     }
+    if (a.streamed) end_streaming();
   }
 };
 
@@ -86,13 +99,14 @@ struct MaskPositions {  // channels_last
     weigh<N>(a);
     if (a.channels >= 2 * N) return by_channels<N>(a);
     A expanded[kExpanded];
-    const int64_t block = kExpanded / a.channels;
+    const int64_t block = kExpanded / a.channels / 16 * 16;  // so that blocks begin where lines of the caches do
     for (int64_t p = 0; p < a.positions; p += block) {
       const int64_t n = smaller(block, a.positions - p);
       // The colours of nearly all images are worth a loop that the compiler unrolls.
       a.channels == 3 ? repeat(a.mask + p, n, 3, expanded) : repeat(a.mask + p, n, a.channels, expanded);
-      multiply<N>(a.image + p * a.channels, expanded, a.out + p * a.channels, n * a.channels);
+      multiply<N>(a.image + p * a.channels, expanded, a.out + p * a.channels, n * a.channels, a.streamed);
     }
+    if (a.streamed) end_streaming();
   }
 
   static FASTCAM_INLINE void repeat(const A* mask, int64_t n, int64_t channels, A* to) {

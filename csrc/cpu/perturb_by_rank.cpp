@@ -20,7 +20,6 @@ using at::Tensor;
 
 constexpr int64_t kBlockBytes = 640 << 10;  // of an image: it stays in L2 or, with a baseline of all pixels, just beyond
 constexpr int64_t kSteps = 8;
-constexpr size_t kStreamed = size_t{16} << 20;  // bytes of a result that no cache keeps until it is read
 
 struct Problem {
   Images images;

@@ -2,11 +2,7 @@
 // images by such masks. Elements are words of 16, 32 or 64 bits: nothing is computed with them.
 #pragma once
 
-#include "cpu/leaf.h"
-
-#if defined(__x86_64__)
-#include <emmintrin.h>
-#endif
+#include "cpu/stream.h"
 
 namespace fastcam::cpu {
 
@@ -71,19 +67,7 @@ struct ChoiceArgs {
   int64_t rows, length, reached_row, elsewhere_row, out_row;
 };
 
-// A vector to memory past the caches, in pieces that every x86-64 can store so; p is a multiple of 16.
-template <typename V>
-FASTCAM_INLINE void stream(void* p, V v) {
-#if defined(__x86_64__)
-  __m128i pieces[sizeof(V) / 16];
-  std::memcpy(pieces, &v, sizeof(V));
-  for (size_t i = 0; i < sizeof(V) / 16; ++i) _mm_stream_si128(static_cast<__m128i*>(p) + i, pieces[i]);
-#else
-  std::memcpy(p, &v, sizeof(V));
-#endif
-}
-
-// STREAM: for results larger than the caches, which would be read before they are written otherwise.
+// STREAM: for results larger than the caches.
 template <typename E, bool STREAM>
 struct Choice {
   template <int BYTES>
@@ -95,7 +79,7 @@ struct Choice {
       E* out = a.out + row * a.out_row;
       int64_t i = 0;
       if constexpr (STREAM) {
-        const int64_t ahead = (64 - reinterpret_cast<uintptr_t>(out) % 64) % 64 / int64_t(sizeof(E));
+        const int64_t ahead = elements_ahead(out, sizeof(E));
         for (; i < smaller(ahead, a.length); ++i) out[i] = a.mask[i] ? reached[i] : elsewhere[i];
         for (; i + N <= a.length; i += N) stream(out + i, choose<N>(reached, elsewhere, a.mask, i));
       } else {
@@ -108,9 +92,7 @@ struct Choice {
         store_raw<E, N>(out + a.length - N, choose<N>(reached, elsewhere, a.mask, a.length - N));
       }
     }
-#if defined(__x86_64__)
-    if constexpr (STREAM) _mm_sfence();
-#endif
+    if constexpr (STREAM) end_streaming();
   }
 
   template <int N>

@@ -51,6 +51,12 @@ void compute(const Problem& x) {
   wide ? compute_typed<T, Accumulate<T>>(x) : compute_typed<T, T>(x);
 }
 
+// (count,C,H,W) in the layout that the op promises.
+Tensor empty_masked_images(const Tensor& images, const Chunk& chunk) {
+  const auto format = is_channels_last(images) ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous;
+  return fastcam::empty({chunk.count, images.size(1), images.size(2), images.size(3)}, images.options(), format);
+}
+
 }  // namespace
 
 Tensor mask_by_features(const Tensor& images, const Tensor& features, int64_t start, std::optional<int64_t> count,

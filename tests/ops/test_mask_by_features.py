@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastcam import ops
+from fastcam import _extension, ops
 from fastcam._testing.kernel_cases import check_mask_by_features
 from fastcam._testing.ops import DTYPES, LAYOUTS, make, usable_backends
 
@@ -290,3 +290,19 @@ def test_compiled_graph_is_whole_and_serves_other_chunks():
         images, features = make((b, 3, 9, 8), torch.float32, 29), make((b, 5, 4, 4), torch.float32, 30)
         torch.testing.assert_close(compiled(images, features, start, count), masked(images, features, start, count))
     assert len(graphs) == 1, "another chunk compiled again"
+
+
+@pytest.mark.skipif(_extension.why_not() is not None, reason="extension not built")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("dtype", "count"), [(torch.float32, 16), (torch.bfloat16, 32)])
+def test_large_results_go_past_the_caches_and_their_memory_is_used_again(dtype, count, layout):
+    """Odd sizes: no row but the first begins where a line of the caches does."""
+    images = torch.randn(1, 3, 301, 299).to(dtype).contiguous(memory_format=layout)
+    features = torch.randn(1, count, 5, 7).to(dtype)
+    whole = ops.mask_by_features(images, features)
+    assert whole.nbytes > 2**24
+    for start in (0, 1, count // 2, count - 1):
+        assert torch.equal(whole[start], ops.mask_by_features(images, features, start, 1)[0])
+    where = whole.data_ptr()
+    del whole
+    assert ops.mask_by_features(images, features).data_ptr() == where
