@@ -100,6 +100,11 @@ def channel_weights_calls():
         yield (f, f, f[:1] if mode == "sum" else None, mode), {}
 
 
+def impute_linear_calls():
+    for dtype, channels in itertools.product(DTYPES, (1, 3)):
+        yield (torch.empty(2, channels, 224, 224, dtype=dtype), torch.empty(2, 224, 224, dtype=torch.bool)), {}
+
+
 def mask_by_features_calls():
     """Every option that changes the code, for images of one channel and of more."""
     for dtype, channels, last, first in itertools.product(DTYPES, (1, 3), (False, True), (False, True)):
@@ -223,7 +228,7 @@ def lfi_attend_backward_calls():
 LAUNCHED = (
     "_reduce", "_collect", "_write", "_finish", "_measure", "_multiply", "_rescale", "_divide", "_divide_among",
     "_split", "_add_chunk", "_equilibrium", "_count", "_combine", "_mask", "_mask_gradient", "_scale", "_raise",
-    "_map_gradient", "_share_out", "_weigh_similarity", "_perturb", "_overlay",
+    "_map_gradient", "_share_out", "_weigh_similarity", "_perturb", "_overlay", "_impute",
 )  # fmt: skip
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 MODES = ("mean", "sum", "xgrad", "grad_cam_pp")
@@ -231,6 +236,7 @@ TERMS = ("cosine", "dot", "neg_sq", "cross", "inverse")
 CALLS = {
     "cam_map": cam_map_calls,
     "channel_weights": channel_weights_calls,
+    "impute_linear": impute_linear_calls,
     "mask_by_features": mask_by_features_calls,
     "overlay": overlay_calls,
     "perturb_by_rank": perturb_by_rank_calls,

@@ -20,6 +20,7 @@ using Numbers = std::optional<at::ArrayRef<double>>;
   OP("cam_map.with_raw", cam_map, Triple,                                                                               \
      (const Tensor&, const Tensor&, const Maybe&, bool, bool, at::OptionalSymIntArrayRef))                              \
   OP("channel_weights", channel_weights, Tensor, (const Tensor&, const Tensor&, const Maybe&, Name))                    \
+  OP("impute_linear", impute_linear, Tensor, (const Tensor&, const Tensor&, int64_t))                                   \
   OP("lfi_attend", lfi_attend, Triple, (const Tensor&, const Tensor&, Name))                                            \
   OP("lfi_attend_backward", lfi_attend_backward, Pair,                                                                  \
      (const Tensor&, const Maybe&, const Maybe&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, Name))     \
@@ -39,16 +40,12 @@ using Numbers = std::optional<at::ArrayRef<double>>;
   OP("rescale_multipliers", rescale_multipliers, Tensor, (const Tensor&, const Tensor&, const Tensor&, double))         \
   OP("similarity_weights", similarity_weights, Triple, (const Tensor&, const Tensor&, Name, Name, bool))
 
-// Those whose reference serves GPUs.
-#define FASTCAM_CPU_OPS(OP) OP("impute_linear", impute_linear, Tensor, (const Tensor&, const Tensor&, int64_t))
-
 #define FASTCAM_DECLARE(NAME, FUNCTION, RESULT, ARGUMENTS) RESULT FUNCTION ARGUMENTS;
 #define FASTCAM_IMPLEMENT(NAME, FUNCTION, RESULT, ARGUMENTS) m.impl(NAME, FUNCTION);
 
 namespace fastcam::cpu {
 FASTCAM_OPS(FASTCAM_DECLARE)
-FASTCAM_CPU_OPS(FASTCAM_DECLARE)
-TORCH_LIBRARY_IMPL(fastcam, CPU, m) { FASTCAM_OPS(FASTCAM_IMPLEMENT) FASTCAM_CPU_OPS(FASTCAM_IMPLEMENT) }
+TORCH_LIBRARY_IMPL(fastcam, CPU, m) { FASTCAM_OPS(FASTCAM_IMPLEMENT) }
 }  // namespace fastcam::cpu
 
 #ifdef FASTCAM_WITH_CUDA

@@ -10,7 +10,7 @@
 
 #include "aten.h"
 #include "cpu/impute_linear_solver.h"
-#include "ops.h"
+#include "impute_linear.h"
 
 namespace fastcam::cpu {
 namespace {
@@ -26,7 +26,7 @@ void compute(const Tensor& values, const Tensor& missing, int64_t iterations) {
   at::parallel_for(0, values.size(0), 1, [&](int64_t begin, int64_t end) {
     std::vector<A> planes(impute_scratch<A>(shape));
     std::vector<int64_t> spans(2 * shape.rows[shape.levels]);
-    const std::unique_ptr<bool[]> flags(new bool[2 * shape.offset[shape.levels]]);
+    const std::unique_ptr<bool[]> flags(new bool[shape.offset[shape.levels]]);
     for (int64_t n = begin; n < end; ++n) {
       std::fill(planes.begin(), planes.end(), A(0));
       ImputeArgs<A> args;
@@ -42,18 +42,8 @@ void compute(const Tensor& values, const Tensor& missing, int64_t iterations) {
 }  // namespace
 
 Tensor impute_linear(const Tensor& images, const Tensor& missing, int64_t iterations) {
-  const char* op = "impute_linear";
-  check_no_grad(op, images);
-  check_features(op, images, "images", "(N,C,H,W)");
-  TORCH_CHECK_TYPE(missing.scalar_type() == at::kBool, op, ": missing must be bool, got ", missing.scalar_type());
-  TORCH_CHECK_VALUE(missing.dim() == 3 && missing.size(0) == images.size(0) && missing.size(1) == images.size(2) &&
-                        missing.size(2) == images.size(3),
-                    op, ": missing must fit images ", images.sizes(), ", got ", missing.sizes());
-  TORCH_CHECK_VALUE(iterations >= 1 && iterations < (int64_t{1} << 31), op, ": iterations must be at least 1, got ",
-                    iterations);
+  check_impute_linear(images, missing, iterations);
   const auto dtype = images.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kHalf || dtype == at::kBFloat16, op,
-                   ": images must be float64, float32, float16 or bfloat16, got ", dtype);
   const Tensor values = fastcam::empty(images.sizes(), images.options().dtype(accumulation_dtype(dtype)),
                                        at::MemoryFormat::Contiguous);
   values.copy_(images);

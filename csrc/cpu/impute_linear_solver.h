@@ -6,32 +6,9 @@
 #pragma once
 
 #include "cpu/leaf.h"
+#include "impute_linear_formulas.h"
 
 namespace fastcam::cpu {
-
-constexpr int kImputeLevels = 24;
-
-// Depth of the pyramid, and its size in elements of a plane, frames included.
-struct ImputeShape {
-  int64_t height[kImputeLevels], width[kImputeLevels], offset[kImputeLevels + 1], rows[kImputeLevels + 1];
-  int levels;
-};
-
-inline ImputeShape impute_shape(int64_t height, int64_t width) {
-  ImputeShape s = {};
-  const int64_t side = height < width ? height : width;
-  int bits = 0;
-  while (((side - 1) >> bits) != 0) ++bits;
-  const int depth = bits > 3 ? bits - 3 : 0;
-  const int64_t unit = int64_t{1} << depth;
-  s.levels = depth + 1;
-  for (int l = 0; l <= depth; ++l) {
-    s.height[l] = ((height + unit - 1) / unit * unit) >> l, s.width[l] = ((width + unit - 1) / unit * unit) >> l;
-    s.offset[l + 1] = s.offset[l] + (s.height[l] + 2) * (s.width[l] + 1) + 1;
-    s.rows[l + 1] = s.rows[l] + s.height[l] + 2;
-  }
-  return s;
-}
 
 template <typename A>
 struct ImputeArgs {
@@ -42,7 +19,7 @@ struct ImputeArgs {
   ImputeShape shape;
   A* planes;       // zeros: 8 pyramids of shape.offset[levels], then 4 planes of level 0, then 2 rows
   int64_t* spans;  // 2 for each of shape.rows[levels]
-  bool* flags;     // 2 pyramids
+  bool* flags;     // a pyramid
 };
 
 template <typename A>
@@ -63,9 +40,7 @@ struct ImputeLevel {
 
 template <typename A>
 struct ImputeLinear {
-  // Sum of the eight neighbours, sides counted twice, between columns begin and end. That is 12 times the formula, as is
-  // all that follows: with whole weights a constant solves its equations without a rounding error, which a hole that is
-  // nearly everything would multiply by its size.
+  // Sum of the eight neighbours, sides counted twice, between columns begin and end.
   static FASTCAM_INLINE void around(const A* __restrict row, int64_t stride, int64_t begin, int64_t end,
                                     A* __restrict columns, A* __restrict out) {
     const A *above = row - stride, *below = row + stride;
@@ -149,7 +124,7 @@ struct ImputeLinear {
       restrict_to(levels[l], levels[l + 1]);
     }
     start(levels[count - 1]);
-    smooth(levels[count - 1], 8);
+    smooth(levels[count - 1], kImputeCoarsestSmooths);
     for (int l = count - 2; l >= 0; --l) {
       prolong(levels[l + 1], levels[l]);
       smooth(levels[l], 2);
@@ -186,26 +161,17 @@ struct ImputeLinear {
       v.missing = base, v.scale = base + pyramid, v.inverse = base + 2 * pyramid, v.right = base + 3 * pyramid;
       v.found = base + 4 * pyramid, v.other = base + 5 * pyramid, v.rest = base + 6 * pyramid;
       v.row = extra;
-      A* const inside = base + 7 * pyramid;  // 1 within the image
       int64_t *first = args.spans + s.rows[l], *last = args.spans + s.rows[s.levels] + s.rows[l];
-      bool *open = args.flags + s.offset[l], *image = args.flags + pyramid + s.offset[l];
+      bool* open = args.flags + s.offset[l];
+      const int64_t height = impute_inside(args.height, l), width = impute_inside(args.width, l);
       for (int64_t y = 0; y < v.height; ++y) {
         first[y] = v.width, last[y] = 0;
         for (int64_t x = 0; x < v.width; ++x) {
-          bool in, unknown;
-          if (l == 0) {
-            in = y < args.height && x < args.width;
-            unknown = in && args.missing[y * args.width + x];
-          } else {
-            const bool* above = args.flags + s.offset[l - 1] + 2 * y * s.width[l - 1] + 2 * x;
-            const int64_t w = s.width[l - 1];
-            in = above[pyramid] || above[pyramid + 1] || above[pyramid + w] || above[pyramid + w + 1];
-            unknown = in && (above[0] || !above[pyramid]) && (above[1] || !above[pyramid + 1]) &&
-                      (above[w] || !above[pyramid + w]) && (above[w + 1] || !above[pyramid + w + 1]);
-          }
-          open[y * v.width + x] = unknown, image[y * v.width + x] = in;
+          const bool unknown = y < height && x < width && (l == 0 ? args.missing[y * args.width + x] : whole(args, l, y, x));
+          open[y * v.width + x] = unknown;
           const int64_t at = (y + 1) * v.stride + 1 + x;
-          v.missing[at] = unknown, inside[at] = in;
+          v.missing[at] = unknown, v.scale[at] = A(impute_own_weight(y, x, height, width));
+          v.inverse[at] = A(kImputeDamping) * v.missing[at] / v.scale[at];
           if (unknown) {
             first[y] = first[y] < x ? first[y] : x;
             last[y] = x + 1;
@@ -213,19 +179,20 @@ struct ImputeLinear {
         }
       }
       v.first = first, v.last = last;
-      for (int64_t y = 0; y < v.height; ++y) {
-        const int64_t at = (y + 1) * v.stride + 1;
-        around(inside + at, v.stride, 0, v.width, v.row, v.scale + at);
-        for (int64_t x = 0; x < v.width; ++x) {
-          if (inside[at + x] == 0 || v.scale[at + x] == 0) v.scale[at + x] = 1;
-          v.inverse[at + x] = A(0.8) * v.missing[at + x] / v.scale[at + x];
-        }
-      }
-      for (int64_t y = 0; y < v.height; ++y) {  // from here on that plane is zeros
-        const int64_t at = (y + 1) * v.stride + 1;
-        for (int64_t x = 0; x < v.width; ++x) inside[at + x] = 0;
+    }
+  }
+
+  // Whether the four elements below one of level l are all unknown or beyond the image.
+  static FASTCAM_INLINE bool whole(const ImputeArgs<A>& args, int l, int64_t y, int64_t x) {
+    const int64_t height = impute_inside(args.height, l - 1), width = impute_inside(args.width, l - 1);
+    const bool* open = args.flags + args.shape.offset[l - 1];
+    bool all = true;
+    for (int64_t fy = 2 * y; fy < 2 * y + 2; ++fy) {
+      for (int64_t fx = 2 * x; fx < 2 * x + 2; ++fx) {
+        all = all && (fy >= height || fx >= width || open[fy * args.shape.width[l - 1] + fx]);
       }
     }
+    return all;
   }
 
   template <int BYTES>
@@ -239,11 +206,17 @@ struct ImputeLinear {
     A *const solution = work, *const step = work + plane, *const image = work + 2 * plane, *const known = work + 3 * plane;
     for (int64_t c = 0; c < args.channels; ++c) {
       A* const values = args.values + c * args.height * args.width;
+      int odd = 0;  // known pixels that are not finite
       for (int64_t y = 0; y < args.height; ++y) {
         for (int64_t x = 0; x < args.width; ++x) {
           const int64_t i = y * args.width + x;
-          known[(y + 1) * stride + 1 + x] = args.missing[i] ? A(0) : values[i];
+          const A value = args.missing[i] ? A(0) : values[i];
+          known[(y + 1) * stride + 1 + x] = value, odd |= !is_finite(value);
         }
+      }
+      if (odd != 0) {
+        for (int64_t i = 0; i < args.height * args.width; ++i) values[i] = args.missing[i] ? A(NAN) : values[i];
+        continue;
       }
       for (int64_t y = 0; y < top.height; ++y) {
         const int64_t at = (y + 1) * stride + 1;
@@ -261,8 +234,8 @@ struct ImputeLinear {
         const double before = energy;
         energy = dot(top, top.right, top.found);
         if (i == 0) target = energy * (sizeof(A) == 4 ? 1e-18 : 1e-34);  // nothing is left to gain
-        if (energy != energy) {  // a known pixel is not finite
-          for (int64_t x = 0; x < plane; ++x) solution[x] = static_cast<A>(energy);
+        if (!is_finite(energy)) {  // the values are too large
+          for (int64_t x = 0; x < plane; ++x) solution[x] = A(NAN);
         }
         if (i == args.iterations || !(energy > target)) break;
         const A ratio = static_cast<A>(i == 0 ? 0 : energy / before);

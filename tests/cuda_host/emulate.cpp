@@ -1,6 +1,7 @@
 // The CUDA kernels behind C functions, built with the emulator of fake/ by an ordinary C++ compiler.
 #include "cuda/cam_map.cuh"
 #include "cuda/channel_weights.cuh"
+#include "cuda/impute_linear.cuh"
 #include "cuda/lfi_attend.cuh"
 #include "cuda/lfi_attend_backward.cuh"
 #include "cuda/lfi_mask.cuh"
@@ -58,6 +59,21 @@ int channel_weights(const void* features, const void* reference, const void* mul
   const auto plan = plan_channel_weights(x, flags[1]);
   auto scratch = poisoned<A>(plan.scratch);
   return run_channel_weights(plan, scratch.data(), nullptr);
+}
+
+template <typename T>
+int impute_linear(const void* images, const bool* missing, void* out, const int64_t* sizes) {
+  using A = Accumulate<T>;
+  ImputeArgs<T> x = {};
+  x.images = static_cast<const T*>(images), x.missing = missing, x.out = static_cast<T*>(out);
+  x.systems = sizes[0] * sizes[1], x.channels = sizes[1], x.height = int(sizes[2]), x.width = int(sizes[3]);
+  x.iterations = int(sizes[4]);
+  auto plan = plan_impute_linear(x.systems, x.height, x.width);
+  plan.blocks = std::min<int64_t>(plan.blocks, 2);  // which so solve several systems each
+  auto scratch = poisoned<A>(plan.values);
+  std::vector<uint8_t> weights(plan.weights, 255);
+  x.scratch = scratch.data(), x.weights = weights.data();
+  return run_impute_linear(plan, x, nullptr);
 }
 
 template <typename T, typename F>
@@ -267,6 +283,10 @@ EXPORT int emulate_cam_map(int dtype, const void* features, const void* referenc
 EXPORT int emulate_channel_weights(int dtype, const void* features, const void* reference, const void* multipliers,
                                    void* out, const int64_t* sizes, const int* flags) {
   BY_DTYPE(channel_weights, features, reference, multipliers, out, sizes, flags)
+}
+
+EXPORT int emulate_impute_linear(int dtype, const void* images, const bool* missing, void* out, const int64_t* sizes) {
+  BY_DTYPE(impute_linear, images, missing, out, sizes)
 }
 
 EXPORT int emulate_mask_by_features(int dtype, bool wide_features, const void* images, const void* features,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastcam._testing.imputation import check_impute_linear, holes
 from fastcam._testing.kernel_cases import (
     LAYOUTS,
     LFI_CHECKS,
@@ -103,6 +104,16 @@ def channel_weights(kernels, features, multipliers, reference=None, mode="mean",
         DTYPES[features.dtype], pointer(f), pointer(r), pointer(m), pointer(out),
         ints(ctypes.c_int64, b, lead[1] if len(lead) > 1 else 1, k, h * w),
         ints(ctypes.c_int, shared, channels_last, MODES.index(mode)),
+    )  # fmt: skip
+    assert status == 0
+    return out
+
+
+def impute_linear(kernels, images, missing, iterations=20):
+    out = torch.full(images.shape, torch.nan, dtype=images.dtype)
+    status = kernels.emulate_impute_linear(
+        DTYPES[images.dtype], pointer(images.contiguous()), pointer(missing), pointer(out),
+        ints(ctypes.c_int64, *images.shape, iterations),
     )  # fmt: skip
     assert status == 0
     return out
@@ -700,6 +711,26 @@ def test_lfi_constant_and_non_finite(kernels, constant_map):
     LFI_CHECKS["lfi_attend_backward"](lfi(kernels, "lfi_attend_backward", *arguments), *arguments)
     odd = [grad, *maps, features, importance, found[1], found[2], constant_map]
     assert lfi(kernels, "lfi_attend_backward", *odd)[0][[0, 3]].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", ALL, ids=str)
+@pytest.mark.parametrize("shape", [(5, 1, 9, 12), (1, 3, 3, 1), (2, 1, 17, 40)], ids=str)
+def test_impute_linear(kernels, shape, dtype):
+    images, missing = features_like(shape, dtype, 1), holes(shape[0], *shape[2:], 0)
+    check_impute_linear(impute_linear(kernels, images, missing), images, missing)
+
+
+def test_impute_linear_of_one_channel_alone_and_of_odd_values(kernels):
+    images, missing = features_like((2, 3, 9, 12), torch.float32, 2), holes(2, 9, 12, 1)
+    missing[:, 0] = False
+    whole = impute_linear(kernels, images, missing)
+    assert torch.equal(impute_linear(kernels, images[1:, 2:], missing[1:]), whole[1:, 2:])
+    images[0, 1, 0, 11] = torch.inf
+    images[1, 0][missing[1]] = torch.nan
+    got = impute_linear(kernels, images, missing)
+    assert got[0, 1][missing[0]].isnan().all()
+    assert torch.equal(got[0, ::2], whole[0, ::2])
+    assert torch.equal(got[1], whole[1])
 
 
 @pytest.mark.parametrize("op", LFI_CHECKS)

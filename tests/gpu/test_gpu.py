@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastcam
+from fastcam._testing.imputation import check_impute_linear, holes
 from fastcam._testing.kernel_cases import (
     LAYOUTS,
     LFI_CHECKS,
@@ -427,6 +428,25 @@ def test_similarity_weights_have_the_same_bits_fifty_times_and_in_any_batch(impl
         for one in (slice(1, 2), slice(3, 6)):
             alone = fastcam.ops.similarity_weights(u, v[one], term)
             assert all(torch.equal(a[one], b) for a, b in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_small_impute_linear_layouts_and_dtypes(implementation, layout, dtype):
+    for shape in ((5, 3, 13, 18), (6, 1, 33, 24), (5, 2, 3, 40)):
+        images, missing = values(shape, dtype, 1, layout), holes(shape[0], *shape[2:], 0)
+        check_impute_linear(fastcam.ops.impute_linear(images, missing.cuda(), 20).cpu(), images.cpu(), missing)
+
+
+def test_impute_linear_of_photographs_has_the_same_bits_in_any_batch(implementation):
+    """More systems than are solved at once, a harmonic function of the known pixels."""
+    y, x = torch.meshgrid(*[torch.linspace(-1, 1, 224, device="cuda")] * 2, indexing="ij")
+    images = torch.stack([x + 2 * y, x * y, x - y]).expand(100, 3, 224, 224).contiguous()
+    missing = (x.square() + y.square() < 0.9).expand(100, 224, 224).contiguous()
+    got = fastcam.ops.impute_linear(images.where(~missing.unsqueeze(1), torch.nan), missing)
+    assert (got - images).abs().max() < 2e-3
+    assert torch.equal(got, got[:1].expand_as(got))
+    assert torch.equal(fastcam.ops.impute_linear(images[:1, 1:2], missing[:1]), got[:1, 1:2])
 
 
 def test_small_empty_batch(implementation):
