@@ -40,8 +40,18 @@ def alike(features: object, other: object) -> bool:
         and dtype in ACCUMULATION
         and dtype is other.dtype
         and features.layout is torch.strided is other.layout
-        and features.device == other.device
+        and same_device(features, other)
     )
+
+
+def same_device(first: Tensor, second: Tensor) -> bool:
+    """Whether both are on one device; of the CPU without making objects of devices."""
+    return (first.is_cpu and second.is_cpu) or first.device == second.device
+
+
+def device_type(x: Tensor) -> str:
+    """x.device.type."""
+    return "cpu" if x.is_cpu else x.device.type
 
 
 def check_tensor(op: str, name: str, value: object) -> None:
@@ -65,10 +75,12 @@ def check_companion(
 ) -> None:
     """A tensor on the features' device, in their dtype or (where allowed) their accumulation dtype."""
     check_tensor(op, name, value)
-    if value.device != features.device:
+    if not same_device(value, features):
         raise ValueError(f"{op}: {name} is on {value.device}, {of} on {features.device}; both must be on one device")
+    if value.dtype is features.dtype:
+        return
     acc = accumulation_dtype(features.dtype)
-    if value.dtype != features.dtype and not (or_accumulation and value.dtype == acc):
+    if not (or_accumulation and value.dtype == acc):
         also = f" or {acc}" if or_accumulation and acc != features.dtype else ""
         raise TypeError(f"{op}: {name} must be {features.dtype}{also} like the {of}, got {value.dtype}")
 
@@ -136,7 +148,11 @@ def check_mode(op: str, mode: str, modes: Sequence[str], name: str = "mode") -> 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     """Whether autograd must see this call."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # faster than a generator
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def refuse_grad(op: str, *tensors: Tensor | None) -> None:

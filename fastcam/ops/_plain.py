@@ -20,7 +20,7 @@ def run(name: str, *arguments: Any, **options: Any) -> Any:
     """The op by the backend in force."""
     if graph_holds_ops():
         return getattr(torch.ops.fastcam, name).default(*arguments, **options)
-    return implementation(name, arguments[0].device.type)(*arguments, **options)
+    return implementation(name, _checks.device_type(arguments[0]))(*arguments, **options)
 
 
 def register_plain(

@@ -89,7 +89,7 @@ def _check(features: Tensor, weights: Tensor, reference: Tensor | None, size: Se
 def _run(features: Tensor, *rest: Any) -> Outputs:
     if graph_holds_ops():
         return torch.ops.fastcam.cam_map.with_raw(features, *rest)
-    return implementation("cam_map", features.device.type)(features, *rest)
+    return implementation("cam_map", _checks.device_type(features))(features, *rest)
 
 
 class _CamMap(torch.autograd.Function):

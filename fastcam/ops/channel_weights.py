@@ -78,7 +78,7 @@ def _closed_form(features: Tensor, g: Tensor, reference: Tensor | None, mode: st
 def _run(features: Tensor, *rest: Any) -> Tensor:
     if graph_holds_ops():
         return torch.ops.fastcam.channel_weights.default(features, *rest)
-    return implementation("channel_weights", features.device.type)(features, *rest)
+    return implementation("channel_weights", _checks.device_type(features))(features, *rest)
 
 
 class _ChannelWeights(torch.autograd.Function):

@@ -55,7 +55,7 @@ def mask_by_features(
     if graph_holds_ops():
         call = torch.ops.fastcam.mask_by_features.default
     else:
-        call = implementation("mask_by_features", images.device.type)
+        call = implementation("mask_by_features", _checks.device_type(images))
     return call(images, features, start, count, noise=noise, scale=scale, order=order)
 
 

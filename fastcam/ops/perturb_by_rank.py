@@ -41,8 +41,9 @@ def _check(images: Tensor, baseline: Tensor, ranks: Tensor, counts: Tensor, *, k
     _checks.check_features(op, images, "images", "(B,C,H,W)")
     _checks.check_companion(op, "baseline", baseline, images, or_accumulation=False, of="images")
     b, c, h, w = images.shape
-    sizes = zip(baseline.shape, images.shape, strict=False)
-    if baseline.dim() != 4 or baseline.shape[1] != c or any(n not in (1, own) for n, own in sizes):
+    found = baseline.shape
+    fits = len(found) == 4 and found[0] in (1, b) and found[1] == c and found[2] in (1, h) and found[3] in (1, w)
+    if not fits:
         raise ValueError(f"{op}: baseline must be (1 or {b}, {c}, 1 or {h}, 1 or {w}), got {tuple(baseline.shape)}")
     _check_integers(op, "ranks", ranks, images, (torch.int32, torch.int64))
     if ranks.shape != (b, h, w):
@@ -60,7 +61,7 @@ def _check_integers(op: str, name: str, value: Tensor, images: Tensor, dtypes: t
     if value.dtype not in dtypes:
         wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise TypeError(f"{op}: {name} must be {wanted}, got {value.dtype}; convert with .long()")
-    if value.device != images.device:
+    if not _checks.same_device(value, images):
         raise ValueError(f"{op}: {name} is on {value.device}, images on {images.device}; both must be on one device")
 
 

@@ -58,7 +58,7 @@ def _check(multipliers: Tensor, inputs: Tensor, reference: Tensor, negative_slop
 def _run(multipliers: Tensor, inputs: Tensor, *rest: Any) -> Tensor:
     if graph_holds_ops():
         return torch.ops.fastcam.rescale_multipliers.default(multipliers, inputs, *rest)
-    return implementation("rescale_multipliers", inputs.device.type)(multipliers, inputs, *rest)
+    return implementation("rescale_multipliers", _checks.device_type(inputs))(multipliers, inputs, *rest)
 
 
 class _RescaleMultipliers(torch.autograd.Function):
