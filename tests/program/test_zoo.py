@@ -13,20 +13,26 @@ from fastcam.program.layers import find_layer
 from fastcam.program.session import Bound
 from fastcam.program.targets import resolve_targets
 
-#: name, image size, expected automatic layer, whether the head behind it is closed form
+#: name, expected automatic layer, whether the head behind it is closed form
 ZOO = [
-    ("resnet50", 64, "layer4", True),
-    ("vgg16", 64, "features.29", False),
-    ("vgg11_bn", 64, "features.27", False),
-    ("densenet121", 64, "", True),
-    ("googlenet", 64, "inception5b", True),
-    ("mobilenet_v2", 64, "features", True),
-    ("mobilenet_v3_small", 64, "features", False),
-    ("efficientnet_b0", 64, "features", True),
-    ("convnext_tiny", 64, "features", False),
-    ("regnet_y_400mf", 64, "trunk_output", True),
-    ("squeezenet1_1", 64, "classifier.2", True),
+    ("resnet50", "layer4", True),
+    ("vgg16", "features.29", False),
+    ("vgg11_bn", "features.27", False),
+    ("densenet121", "", True),
+    ("googlenet", "inception5b", True),
+    ("mobilenet_v2", "features", True),
+    ("mobilenet_v3_small", "features", False),
+    ("efficientnet_b0", "features", True),
+    ("convnext_tiny", "features", False),
+    ("regnet_y_400mf", "trunk_output", True),
+    ("squeezenet1_1", "classifier.2", True),
 ]
+
+
+@pytest.fixture(scope="module")
+def model(request) -> torch.nn.Module:
+    """One for all tests of a network, which is captured once."""
+    return build(request.param)
 
 
 def build(name: str) -> torch.nn.Module:
@@ -40,9 +46,9 @@ def gradients_by_hook(model, layer, images, classes):
     return passed.features, passed.output, passed.gradients(resolve_targets(classes, passed.output, len(images)))
 
 
-@pytest.mark.parametrize(("name", "side", "layer", "closed"), ZOO, ids=[row[0] for row in ZOO])
-def test_automatic_layer(name, side, layer, closed):
-    model, images = build(name), torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize(("model", "layer", "closed"), ZOO, ids=[row[0] for row in ZOO], indirect=["model"])
+def test_automatic_layer(model, layer, closed):
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     program = capture(model, images)
     index, found = find_layer(program, model, None, 2)
     if layer:
@@ -67,7 +73,7 @@ def test_automatic_layer(name, side, layer, closed):
 
 
 @pytest.mark.parametrize(
-    ("name", "layer"),
+    ("model", "layer"),
     [
         ("resnet18", "layer3"),
         ("resnet18", "layer2.0.bn1"),
@@ -79,9 +85,10 @@ def test_automatic_layer(name, side, layer, closed):
         ("efficientnet_b0", "features.4"),
         ("convnext_tiny", "features.5.1.block.0"),
     ],
+    indirect=["model"],
 )
-def test_inner_layers(name, layer):
-    model, images = build(name), torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+def test_inner_layers(model, layer):
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     program = capture(model, images)
     index, found = find_layer(program, model, layer, 2)
     passed = Bound(cut(program, index, found), model, torch.float32).session().forward(images, "gradients")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -59,6 +61,15 @@ def test_shipped_weights_reach_the_stated_accuracy(name, held_out):
     assert facts["model"] == name
 
 
+def test_training_fits_a_few_scenes(one_thread, monkeypatch):
+    """Both passes together: the same 32 scenes in every step are known by heart at the end."""
+    few = make_scenes(32, split="train", region="strokes")
+    monkeypatch.setattr(sys.modules[train.__module__], "make_scenes", lambda *_, **__: few)
+    reached = accuracy(predict(train(Recipe("tiny_resnet", close_ups=1280, scenes=1280)), few.images), few.labels)
+    assert reached.mean_ap >= 0.9  # by chance 0.2
+
+
+@pytest.mark.slow
 def test_a_brief_training_reaches_its_stated_accuracy(held_out, one_thread):
     reached = accuracy(predict(train(BRIEF), held_out.images), held_out.labels)
     assert reached.mean_ap >= BRIEF_MEAN_AP  # an untrained model has 0.2, the share of scenes that hold a digit
