@@ -603,7 +603,7 @@ def adapters() -> str:
     lines = [
         "Time of the library's own call over that of the adapter's, in the same rounds, after the results were compared; random weights, "
         f"float32, batch 8, 224 x 224 unless the row says otherwise; {machine(meta)}. [{Path(path).name}](../{path}), from "
-        "`python -P benchmarks/adapters/bench_adapters.py` (`--all` for more rows), on a shared, noisy machine.",
+        "`python -P benchmarks/adapters/bench_adapters.py`, on a shared, noisy machine.",
         "",
         "| library | call | the library's, ms | fastcam's, ms | times faster | goal |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
