@@ -179,7 +179,8 @@ def mask_by_features_oracle(
     x, f = images.cpu().double(), features.cpu().double()
     (_, _, height, width), (b, k, h, w) = x.shape, f.shape
     count = b * k - start if count is None else count
-    eps = torch.finfo(torch.float64 if images.dtype == torch.float64 else torch.float32).eps
+    acc = torch.finfo(torch.float64 if images.dtype == torch.float64 else torch.float32)
+    eps, least = acc.eps, acc.tiny * acc.eps
     results, errors = torch.empty(2, count, *x.shape[1:], dtype=torch.float64)
     for row in range(count):
         image, channel = divmod(start + row, k)
@@ -187,7 +188,8 @@ def mask_by_features_oracle(
         u = _resized(raw, (height, width))
         extent, resized_extent = (v.max() - v.min() for v in (raw, u))
         # Source coordinates are rounded too, by eps times the map's size: values move by at most the extent a position.
-        moved = 4 * eps * max(h, w) * extent + 8 * eps * raw.abs().max()
+        # Of subnormal maps every product is rounded to a multiple of the least number.
+        moved = 4 * eps * max(h, w) * extent + 8 * eps * raw.abs().max() + 4 * least
         if not raw.isfinite().all():
             mask, error = torch.full_like(u, torch.nan), 0.0
         elif extent == 0 or (order == "resize_then_minmax" and (resized_extent == 0 or height * width == 1)):
