@@ -299,11 +299,17 @@ def test_cam_map(kernels, shape, size, channels_last, dtype):
     check_cam_map(cam_map(kernels, *arguments, channels_last=channels_last), *arguments)
 
 
-@pytest.mark.parametrize("dtype", ALL, ids=str)
-@pytest.mark.parametrize("channels_last", [False, True], ids=["nchw", "channels_last"])
-@pytest.mark.parametrize("weights", ["BTK", "BKHW", "BTKHW"])
-@pytest.mark.parametrize("reference", [None, 1, 2])
-@pytest.mark.parametrize("hw", [(7, 7), (8, 6)], ids=str)
+#: Every two of height and width, reference, weights, order and dtype meet, and every order, reference and weights.
+MIXED = [
+    (hw, reference, weights, channels_last, ALL[(i + 2 * j + k + last) % 4])
+    for i, hw in enumerate([(7, 7), (8, 6)])
+    for j, reference in enumerate([None, 1, 2])
+    for k, weights in enumerate(["BTK", "BKHW", "BTKHW"])
+    for last, channels_last in enumerate([False, True])
+]
+
+
+@pytest.mark.parametrize(("hw", "reference", "weights", "channels_last", "dtype"), MIXED, ids=str)
 def test_cam_map_weights_and_reference(kernels, hw, reference, weights, channels_last, dtype):
     b, k, t = 2, 40, 9
     shapes = {"BTK": (b, t, k), "BKHW": (b, k, *hw), "BTKHW": (b, 3, k, *hw)}

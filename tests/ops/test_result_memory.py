@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -31,19 +32,60 @@ def pool() -> dict[str, int]:
     return _extension.load().result_pool()
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    clean = {key: value for key, value in os.environ.items() if key != "FASTCAM_RESULT_POOL"}
-    here = str(Path(__file__).parent)
-    code = f"import torch, sys; sys.path.insert(0, {here!r}); from test_result_memory import maps, pool, MIB\n" + code
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**clean, **environment}, capture_output=True, text=True, check=False
-    )
+PREPARED = f"import torch, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+PREPARED += "from test_result_memory import maps, pool, MIB\n"
+#: Forks for each line it reads: torch is imported once; fastcam, which reads the setting once, in every child.
+FORKING = """
+import json, os, sys, traceback, torch
+torch.set_num_threads(1)
+for line in sys.stdin:
+    code, environment, place = json.loads(line)
+    child = os.fork()
+    if not child:
+        for number in (1, 2):
+            os.dup2(os.open(f"{place}.{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.environ.update(environment)
+        status = 0
+        try:
+            exec(code, {})
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush()
+        os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
 
-def output(code: str, **environment: str) -> str:
-    done = python(code, **environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory):
+    """Runs code where fastcam was not imported before: (exit status, output, errors)."""
+    place = tmp_path_factory.mktemp("fresh") / "output"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+
+    def run(code: str, **environment: str) -> tuple[int, str, str]:
+        print(json.dumps([PREPARED + code, environment, str(place)]), file=process.stdin, flush=True)
+        status = int(process.stdout.readline())
+        return status, *(Path(f"{place}.{number}").read_text() for number in (1, 2))
+
+    with subprocess.Popen([sys.executable, "-c", FORKING], env=unset(), **pipes) as process:
+        yield run
+
+
+@pytest.fixture
+def output(fresh):
+    """What code prints that ends well."""
+
+    def run(code: str, **environment: str) -> str:
+        status, text, errors = fresh(code, **environment)
+        assert status == 0, errors
+        return text.strip()
+
+    return run
+
+
+def unset() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "FASTCAM_RESULT_POOL"}
 
 
 def test_memory_of_a_dead_result_is_used_again():
@@ -99,7 +141,7 @@ def test_small_results_and_poor_fits_are_not_served():
     assert maps(3).data_ptr() == where or before["blocks"] > 0  # half of it, unless an older block fits better
 
 
-def test_results_of_different_size_are_best_fits():
+def test_results_of_different_size_are_best_fits(output):
     code = (
         "kept = [maps(n) for n in (4, 3, 5)]; places = [m.data_ptr() for m in kept]; del kept\n"
         "print([maps(n).data_ptr() == place for n, place in zip((4, 3, 5), places)])\n"
@@ -109,7 +151,7 @@ def test_results_of_different_size_are_best_fits():
     assert output(code).splitlines() == ["[True, True, True]", "3 48", "True 2"]
 
 
-def test_the_limit_holds_and_the_oldest_goes_first():
+def test_the_limit_holds_and_the_oldest_goes_first(output):
     code = (
         "kept = [maps(2) for _ in range(6)]; places = [m.data_ptr() for m in kept]\n"
         "while kept: kept.pop(0)\n"
@@ -121,7 +163,7 @@ def test_the_limit_holds_and_the_oldest_goes_first():
     assert output(code, FASTCAM_RESULT_POOL="20").splitlines() == ["2 16 20", "True", "2"]
 
 
-def test_it_can_be_switched_off_and_has_a_default():
+def test_it_can_be_switched_off_and_has_a_default(output):
     code = "m = maps(5); del m; print(*(v // MIB for v in pool().values()), torch.isfinite(maps(2)).all().item())"
     assert output(code, FASTCAM_RESULT_POOL="0") == "0 0 0 True"
     assert sorted(output(code).split()) == sorted(["512", "20", "0", "True"])
@@ -129,13 +171,13 @@ def test_it_can_be_switched_off_and_has_a_default():
 
 
 @pytest.mark.parametrize("value", ["-1", "many", "99999999999"])
-def test_wrong_settings_are_refused(value):
-    refused = python("pool()", FASTCAM_RESULT_POOL=value)
-    assert refused.returncode != 0
-    assert f"FASTCAM_RESULT_POOL must be a whole number of MiB, got '{value}'" in refused.stderr
+def test_wrong_settings_are_refused(fresh, value):
+    status, _, errors = fresh("pool()", FASTCAM_RESULT_POOL=value)
+    assert status != 0
+    assert f"FASTCAM_RESULT_POOL must be a whole number of MiB, got '{value}'" in errors
 
 
-def test_the_setting_is_reported():
+def test_the_setting_is_reported(output):
     code = "import fastcam; print(fastcam.backends()['environment'].get('FASTCAM_RESULT_POOL'))"
     assert output(code, FASTCAM_RESULT_POOL="64") == "64"
     assert _extension.load().build_config()["result_pool"]["limit"] == pool()["limit"]
@@ -221,4 +263,7 @@ def test_results_survive_fork_and_exit():
         "print(os.waitpid(child, 0)[1], ok.item())\n"
         "torch.kept_to_the_end = kept; sys.kept_too = maps(3)"
     )
-    assert output(code) == "0 True"
+    command = [sys.executable, "-c", PREPARED + code]  # its own process: one that ends as processes do
+    done = subprocess.run(command, env=unset(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "0 True"
