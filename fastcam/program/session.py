@@ -51,7 +51,10 @@ _ROWS = 64
 
 
 class Bound:
-    """A cut bound to a model and a precision, with what is kept between calls: converted weights, reference passes."""
+    """A cut bound to a model and a precision, with what is kept between calls: converted weights, reference passes.
+
+    walked  relevance goes back through it, whose steps keep what they make of the weights as long as those live
+    """
 
     def __init__(
         self,
@@ -61,13 +64,14 @@ class Bound:
         precision: torch.dtype | None = None,
         channels_last: bool = False,
         compiled: bool = False,
+        walked: bool = False,
     ):
         self.cut = made
         self.dtype = precision or own
         self.channels_last = channels_last
         self.compiled = compiled
         self.model = model
-        self.weights = Weights(made.program, model, precision, channels_last, lasting=made.packed)
+        self.weights = Weights(made.program, model, precision, channels_last, lasting=made.packed or walked)
         self.references: OrderedDict[Hashable, Reference] = OrderedDict()
         self._walk: tuple[Backward, int, RelevanceWalk] | None = None
 
@@ -149,7 +153,7 @@ class Bindings:
             first = next(self._model.parameters(), None)
             last = wide and made.packed and planar and first is not None and packs(precision or own, first.device)
             layout = self._channels_last or last
-            self._kept[made] = Bound(made, self._model, own, precision, layout, self._compiled)
+            self._kept[made] = Bound(made, self._model, own, precision, layout, self._compiled, wide)
         return self._kept[made]
 
 

@@ -580,3 +580,24 @@ def test_an_image_of_one_channel():
         result = fastcam.attribute(net, images, method, targets=1)
         assert result.maps.shape == (2, 12, 12)
         assert result.maps.abs().amax((1, 2)).tolist() == [pytest.approx(1), pytest.approx(1)]
+
+
+@pytest.mark.parametrize("method", ["guided_backprop", "deconvnet"])
+def test_what_is_made_of_weights_is_kept_until_they_change(method, monkeypatch):
+    from fastcam.program.relevance import layer
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 5, 3, padding=1), nn.ReLU()).eval()
+    model = nn.Sequential(model, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3)).eval()
+    flipped, plain = [], layer._flipped
+    monkeypatch.setattr(layer, "_flipped", lambda *given: flipped.append(given) or plain(*given))
+    explainer, images = fastcam.Explainer(model, method), torch.rand(2, 3, 8, 8)
+    first = explainer(images, 1).raw
+    once = len(flipped)
+    assert once > 0
+    torch.testing.assert_close(explainer(images, 1).raw, first, rtol=0, atol=0)
+    assert len(flipped) == once
+    with torch.no_grad():
+        model[0][2].weight.mul_(-1)
+    changed = explainer(images, 1).raw
+    torch.testing.assert_close(changed, fastcam.Explainer(model, method)(images, 1).raw, rtol=0, atol=0)
+    assert not torch.equal(changed, first)
