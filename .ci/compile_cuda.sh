@@ -4,7 +4,9 @@
 #
 #   .ci/compile_cuda.sh [python]        python with torch; default $PYTHON, else .venv/bin/python
 #
-# Works on a machine without a GPU and with CPU-only torch: objects are compiled, never linked. Skips, loudly, without nvcc.
+# Works on a machine without a GPU and with CPU-only torch: made is the code for the devices alone, never an object to link.
+# The compiler reads the host's part of a source in full on the way and fails on its errors; making it into code would only
+# have torch's headers read twice more, which is most of the time. Skips, loudly, without nvcc.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-${PYTHON:-.venv/bin/python}}
@@ -21,7 +23,7 @@ trap 'rm -rf "$out"' EXIT
 includes=$("$python" -c 'from torch.utils.cpp_extension import include_paths; print(*("-I" + p for p in include_paths()))')
 abi=$("$python" -c 'import torch; print(int(torch.compiled_with_cxx11_abi()))')
 # c++20 is what cpp_extension passes. C10_CUDA_NO_CMAKE_CONFIGURE_FILE: CPU-only torch does not ship c10's generated CUDA header.
-flags=(-c -O3 -std=c++20 --expt-relaxed-constexpr -Xcompiler -fPIC -Xptxas -v -Icsrc -DC10_CUDA_NO_CMAKE_CONFIGURE_FILE
+flags=(-fatbin -O3 -std=c++20 --expt-relaxed-constexpr -Xcompiler -fPIC -Xptxas -v -Icsrc -DC10_CUDA_NO_CMAKE_CONFIGURE_FILE
        -D__CUDA_NO_HALF_OPERATORS__ -D__CUDA_NO_HALF_CONVERSIONS__ -D__CUDA_NO_HALF2_OPERATORS__
        -D__CUDA_NO_BFLOAT16_CONVERSIONS__ "-D_GLIBCXX_USE_CXX11_ABI=$abi"
        -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90)
@@ -29,7 +31,7 @@ flags=(-c -O3 -std=c++20 --expt-relaxed-constexpr -Xcompiler -fPIC -Xptxas -v -I
 compile() {
     local log=$out/$(basename "$1").log
     # shellcheck disable=SC2086  # includes are separate words
-    "$nvcc" "${flags[@]}" $includes "$1" -o "$out/$(basename "$1").o" >"$log" 2>&1 || { cat "$log" >&2; return 1; }
+    "$nvcc" "${flags[@]}" $includes "$1" -o "$out/$(basename "$1").fatbin" >"$log" 2>&1 || { cat "$log" >&2; return 1; }
 }
 
 sources=(csrc/cuda/*.cu)
