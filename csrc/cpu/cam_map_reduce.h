@@ -79,25 +79,30 @@ struct ChannelTile {
     const S* f = a.features + p;
     const S* r = REF ? a.reference + p : nullptr;
     const A* w = static_cast<const A*>(a.weights) + t * a.weight_target;
-    if constexpr (TB == 1) {  // two chains in turn: half as long each
-      Vector<A, N> odd[TB][VB] = {};
+    // One target: two chains in turn, half as long each. Every tile adds rows in the same order, those it has to copy too:
+    // positions with equal features have equal sums.
+    Vector<A, N> odd[TB][VB] = {};
+    bool even = true;
+    if constexpr (TB == 1) {
       for (; k + 2 <= safe; k += 2) {
         const S *f0 = f + k * a.feature_row, *r0 = REF ? r + k * a.reference_row : nullptr;
         add_row<N, TB, VB>(sums, f0, r0, w + k, a.weight_target);
         add_row<N, TB, VB>(odd, f0 + a.feature_row, REF ? r0 + a.reference_row : nullptr, w + k + 1, a.weight_target);
       }
-#pragma GCC unroll 8
-      for (int v = 0; v < VB; ++v) sums[0][v] += odd[0][v];
     }
-    for (; k < safe; ++k) {
+    for (; k < safe; ++k, even = !even) {
       add_row<N, TB, VB>(sums, f + k * a.feature_row, REF ? r + k * a.reference_row : nullptr, w + k, a.weight_target);
     }
     const int64_t valid = smaller(VB * N, a.positions - p);
-    for (; k < end; ++k) {
+    for (; k < end; ++k, even = !even) {
       S f_row[VB * N] = {}, r_row[VB * N] = {};
       std::memcpy(f_row, f + k * a.feature_row, valid * sizeof(S));
       if constexpr (REF) std::memcpy(r_row, r + k * a.reference_row, valid * sizeof(S));
-      add_row<N, TB, VB>(sums, f_row, r_row, w + k, a.weight_target);
+      add_row<N, TB, VB>(TB > 1 || even ? sums : odd, f_row, r_row, w + k, a.weight_target);
+    }
+    if constexpr (TB == 1) {
+#pragma GCC unroll 8
+      for (int v = 0; v < VB; ++v) sums[0][v] += odd[0][v];
     }
 #pragma GCC unroll 8
     for (int i = 0; i < TB; ++i) {
@@ -205,18 +210,28 @@ struct ChannelStream {
       for (int i = 0; i < kRows; ++i) rows[i] = row(a, t, k + i, p);
       a.beyond_caches && length <= kShort ? add_in_order<N>(sums, chains, rows, length) : add_rows<N>(sums, rows, length);
     }
-    alignas(64) S f_row[kStreamBlock], r_row[kStreamBlock], w_row[kStreamBlock];
-    for (; k < a.k1; ++k) {
-      Row last[1] = {row(a, t, k, p)};
-      if (k >= safe) {
-        last[0].f = padded(f_row, last[0].f, length, N);
-        if constexpr (REF) last[0].r = padded(r_row, last[0].r, length, N);
-        if constexpr (POSITIONAL) last[0].w = padded(w_row, last[0].w, length, N);
-      }
-      add_rows<N>(sums, last, length);
-    }
+    // In the same chains as in blocks whose last vectors may be read: positions with equal features have equal sums.
+    for (; k + kRows <= a.k1; k += kRows) add_copied<N, kRows>(sums, a, t, k, p, length);
+    for (; k < a.k1; ++k) add_copied<N, 1>(sums, a, t, k, p, length);
     A* out = a.out + t * a.out_target + p;
     for (int64_t i = 0; i < length; ++i) out[i] = static_cast<A>(sums[i]);
+  }
+
+  // Rows k, ..., k + ROWS - 1, of whose ends no vector may be read.
+  template <int N, int ROWS>
+  static FASTCAM_INLINE void add_copied(double* sums, const ReduceArgs<S>& a, int64_t t, int64_t k, int64_t p,
+                                        int64_t length) {
+    alignas(64) S f_end[ROWS * N], r_end[ROWS * N], w_end[ROWS * N];
+    const int64_t whole = length / N * N;
+    Row rows[ROWS], ends[ROWS];
+    for (int i = 0; i < ROWS; ++i) {
+      rows[i] = ends[i] = row(a, t, k + i, p);
+      ends[i].f = padded(f_end + i * N, rows[i].f + whole, length - whole, N);
+      if constexpr (REF) ends[i].r = padded(r_end + i * N, rows[i].r + whole, length - whole, N);
+      if constexpr (POSITIONAL) ends[i].w = padded(w_end + i * N, rows[i].w + whole, length - whole, N);
+    }
+    add_rows<N>(sums, rows, whole);
+    if (whole < length) add_rows<N>(sums + whole, ends, N);
   }
 
   static FASTCAM_INLINE const S* padded(S* buffer, const S* row, int64_t length, int64_t lanes) {

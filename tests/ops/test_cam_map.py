@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
+import fastcam
 from fastcam import ops
 from fastcam._testing.ops import DTYPES, LAYOUTS, assert_rms, make, to_float64, usable_backends
 
@@ -312,3 +313,21 @@ def test_compiled_graph_has_values_and_gradients_of_eager():
     for b in (2, 3, 4):
         counted(make((b, 5, 4, 4), torch.float32, 17), make((b, 5), torch.float32, 18))
     assert len(graphs) == 1, "another batch size compiled again"
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="extension not built")
+@pytest.mark.parametrize("side", [7, 10, 19, 67])
+@pytest.mark.parametrize("targets", [1, 3])
+def test_equal_features_have_equal_sums_in_all_shapes(side, targets):
+    """Exactly: what rounding tells positions apart by, min-max scaling would stretch over the whole map."""
+    generator = torch.Generator().manual_seed(side)
+    for channels in (61, 140, 512):
+        values, weights = (torch.randn(n, channels, generator=generator) for n in (2, 2 * targets))
+        features = values[:, :, None, None].expand(2, channels, side, side).contiguous()
+        for layout in (torch.contiguous_format, torch.channels_last):
+            for reference in (None, torch.zeros_like(features[:1])):
+                given = (features.contiguous(memory_format=layout), weights.view(2, targets, channels), reference)
+                with fastcam.backend("cpp"):
+                    maps, raw, _ = ops.cam_map_with_raw(*given, relu=False)
+                assert torch.equal(raw, raw[..., :1, :1].expand_as(raw))
+                assert not maps.any()
