@@ -636,6 +636,38 @@ def profile() -> str:
     return "\n".join(lines)
 
 
+#: Op suites, in the order of the table.
+OP_SUITES = (
+    "cam_map", "channel_weights", "mask_by_features", "lfi", "overlay", "perturb_by_rank", "relevance_ops",
+    "rescale_multipliers", "similarity_weights",
+)  # fmt: skip
+
+
+def ops() -> str:
+    lines = [
+        "Times faster than the plain expression in PyTorch (eager) and than `torch.compile` of it: least, middle and greatest over all "
+        "shapes, dtypes and layouts of the suite, and the row that is least; share of the measured copy bandwidth in the rows that move "
+        f"most bytes. C++ kernels, {machine(load(OP_SUITES[0], 'amd-epyc-2c-avx512')[0])}; every row was compared with the float64 "
+        "reference before it was timed.",
+        "",
+        "| suite | rows | x eager | least at | x `torch.compile` | least at | % of copy |",
+        "| --- | ---: | ---: | --- | ---: | --- | ---: |",
+    ]
+    for suite in OP_SUITES:
+        _, rows, path = load(suite, "amd-epyc-2c-avx512")
+        valid = [row for row in rows.values() if row["match"]]
+        cells = []
+        for baseline in ("eager", "compile"):
+            ratios = sorted((row["speedup"][baseline], row["name"]) for row in valid if baseline in row["speedup"])
+            cells.append(f"{ratios[0][0]:.2f}, {ratios[len(ratios) // 2][0]:.1f}, {ratios[-1][0]:.0f}")
+            cells.append(ratios[0][1])
+        most = max(row["bytes_moved"] for row in valid)
+        largest = sorted(row["pct_copy"] for row in valid if row["bytes_moved"] >= most / 2)
+        share = f"{largest[0]:.0f} to {largest[-1]:.0f}" if len(largest) > 1 else f"{largest[0]:.0f}"
+        lines.append(f"| [{suite}](../{path}) | {len(valid)} | " + " | ".join(cells) + f" | {share} |")
+    return "\n".join(lines)
+
+
 def job_rates() -> str:
     meta, rows, path = load("jobs")
     lines = [
@@ -709,7 +741,7 @@ DOCUMENTS = {
     "docs/faithfulness.md": {"claims": page.claims, "heads": page.heads, "tables": page.tables},
     "docs/metrics.md": {"costs": metric_costs},
     "docs/adapters.md": {"adapters": adapters},
-    "docs/profiling.md": {"profile": profile},
+    "docs/profiling.md": {"profile": profile, "ops": ops},
     "docs/jobs.md": {"rates": job_rates, "storage": job_storage},
 }
 
