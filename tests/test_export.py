@@ -262,10 +262,8 @@ def test_torchvision(tmp_path, name, method):
     model.eval()
     example, batch = images(2, side=64), clear_of_steps(model, images(64, seed=5, side=64), 3)
     options = {}
-    if (name, method) == (
-        "densenet121",
-        "lrp",
-    ):  # its pools average signed features: shares of sums near 0 have no digits
+    # DenseNet's pools average signed features: shares of sums near 0 have no digits.
+    if (name, method) == ("densenet121", "lrp"):
         options["composite"] = dataclasses.replace(relevance.named("epsilon_plus_flat"), pool=relevance.Gradient())
     program = fastcam.export_program(model, method, example, **options)
     expected = fastcam.attribute(model, batch, method, **options)
