@@ -381,7 +381,9 @@ FASTCAM_HD V lfi_passed(V grad, V grey, V f) {
 // The gradient d / extent of (x - low) / (high - low) and what its lowest and highest values get in addition.
 template <typename V>
 FASTCAM_HD V lfi_through_min_max(V d, V x, V low, V high, V at_low, V at_high) {
-  return d / (high - low) + choice(x == low, at_low, V{}) - choice(x == high, at_high, V{});
+  const V lowest = choice(x == low, at_low, V{});
+  const V highest = choice(x == high, at_high, V{});
+  return d / (high - low) + lowest - highest;
 }
 
 // What each of the lowest and of the highest values gets, from sums over d and d * scaled and the number of those values.
