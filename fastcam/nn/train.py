@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastcam._device import device_of
 from fastcam._tensor_file import read_tensors
 from fastcam._torchvision import torchvision_models
 
@@ -396,6 +397,7 @@ def _run(given: argparse.Namespace) -> int:
             raise ValueError(f"--{option} must be at least 1; got {number}")
     if given.threads is not None:
         torch.set_num_threads(given.threads)
+    device = device_of(given.device)
     small = given.data == "testbed"
     side = given.size if given.size <= 64 else round(given.size * 8 / 7)  # 256 for views of 224
     names = [str(digit) for digit in range(10)]
@@ -425,11 +427,7 @@ def _run(given: argparse.Namespace) -> int:
     )
     torch.manual_seed(given.seed)
     built = (given.network, len(names), given.size, not given.plain, given.stem)
-    model = lfi_cam_of(*built[:3], branch=built[3], stem=built[4])
-    try:
-        model.to(given.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {given.device}: {error}") from error
+    model = lfi_cam_of(*built[:3], branch=built[3], stem=built[4]).to(device)
     data = given.data if given.data == "testbed" else str(Path(given.data).resolve())
     about = {"built": list(built), "classes": names, "data": data}
     note = partial(print, flush=True)  # into pipes and files, too

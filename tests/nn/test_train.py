@@ -278,7 +278,7 @@ def test_command_on_a_folder(tmp_path, capsys):
         (["--drops", "7.5"], "--drops must be whole numbers"),
         (["--mean", "0.5,half,0.5"], "--mean must be numbers with commas between them"),
         (["--rate", "1e20"], "not finite in epoch"),
-        (["--device", "nowhere"], "--device nowhere: "),
+        (["--device", "nowhere"], "device 'nowhere' cannot be used"),
     ):
         assert cli.main([*fresh, *more]) == 2
         assert message in capsys.readouterr().err
