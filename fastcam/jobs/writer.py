@@ -131,15 +131,17 @@ def facts_of(root: Path) -> dict[str, Any] | None:
 
     Raises JobError where `root` holds something that is not a store of fastcam's.
     """
+    if root.exists() and not root.is_dir():
+        raise JobError(f"{root} is a file; choose another --out", usage=True)
+    # Another process may be creating it. It sets the mark first and takes it away last, after the provenance: looked at
+    # in this order, whatever of a creation is seen is seen with the mark or with the provenance.
+    names = sorted(path.name for path in root.iterdir()) if root.exists() else []
+    begun = (root / CREATING).exists()
     found = _attribute(root)
-    if found is None and root.exists():
-        if not root.is_dir():
-            raise JobError(f"{root} is a file; choose another --out", usage=True)
-        begun = (root / CREATING).exists()
-        foreign = sorted(p.name for p in root.iterdir() if p.name != LOCK and not begun)
-        if foreign:
-            what = f"holds {foreign[0]!r} and is no store of fastcam's"
-            raise JobError(f"{root} {what}; choose another --out", usage=True)
+    foreign = [name for name in names if name != LOCK and not name.startswith(f"{CREATING}.")]
+    if found is None and foreign and not begun:
+        what = f"holds {foreign[0]!r} and is no store of fastcam's"
+        raise JobError(f"{root} {what}; choose another --out", usage=True)
     return found
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -193,6 +194,26 @@ def test_a_second_writer_is_refused_and_named(model, tmp_path):
         jobs.run(model, slow, out, resume=True)
     first.join()
     assert jobs.run(model, slow, out, resume=True).processed == 0
+
+
+def test_a_store_that_is_finished_while_it_is_looked_at_is_one(tmp_path, monkeypatch):
+    shapes = layout.Layout(4, (3, 3), False, ())
+    out = tmp_path / "a.zarr"
+    out.mkdir()
+    layout.create_arrays(out, shapes, list("abcd"))
+    (out / writer.CREATING).touch()
+    (out / f"{writer.CREATING}.0123.partial").touch()  # of a mark whose writing was cut short
+    assert writer.facts_of(out) is None
+    real = Path.exists
+
+    def finished_first(path):
+        if path.name == writer.CREATING:
+            monkeypatch.undo()
+            writer.create(out, shapes, list("abcd"), {"format": 1})
+        return real(path)
+
+    monkeypatch.setattr(Path, "exists", finished_first)
+    assert writer.facts_of(out)["format"] == 1
 
 
 def test_a_dead_writers_lock_holds_nobody_back(model, source, tmp_path):
