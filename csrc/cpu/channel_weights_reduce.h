@@ -28,6 +28,7 @@ struct Formula {
   static constexpr bool kReadsProduct = MODE == Mode::kSum || MODE == Mode::kXGrad;
   static constexpr bool kNeedsTotals = MODE == Mode::kXGrad || MODE == Mode::kGradCamPP;
   static constexpr bool kTotalsFirst = MODE == Mode::kGradCamPP;  // its terms depend on them
+  static constexpr bool kTotalsBeside = MODE == Mode::kXGrad;
 
   static FASTCAM_INLINE V term(V g, V a, V total) {
     if constexpr (MODE == Mode::kMean) return g;
@@ -40,12 +41,13 @@ struct Formula {
   static FASTCAM_INLINE V magnitude(V v) { return v < 0 ? -v : v; }
 };
 
-template <Mode MODE, typename T>
-FASTCAM_INLINE T finished(T sum, T total, T magnitude, int64_t positions) {
+// V is T or a vector of it.
+template <Mode MODE, typename T, typename V>
+FASTCAM_INLINE V finished(V sum, V total, V magnitude, int64_t positions) {
   if constexpr (MODE == Mode::kMean) return sum / static_cast<T>(positions);
   if constexpr (MODE == Mode::kXGrad) {
-    const T absolute = total < 0 ? -total : total;
-    return absolute <= T(1e-6) * magnitude ? T(0) : sum / total;
+    const V absolute = total < 0 ? -total : total, quotient = sum / total;
+    return absolute <= T(1e-6) * magnitude ? V{} : quotient;
   }
   return sum;
 }
@@ -76,69 +78,126 @@ struct ChannelSums {
     FASTCAM_INLINE Vector<A, N> get(int64_t at, int64_t n) const { return n < N ? first(at, n) : full(at); }
   };
 
+  // A channel's rows.
+  template <int N>
+  struct Rows {
+    Row<N> features, reference, multipliers;
+  };
+
+  // Of some positions, lane by lane.
+  template <int N>
+  struct Chain {
+    Vector<A, N> terms, totals, magnitudes;
+  };
+
   template <int BYTES>
   static FASTCAM_INLINE void body(const ChannelArgs<S>& a) {
     constexpr int N = kLanes<BYTES, S>;
-    a.positions <= kChain * N ? channels<N, A>(a) : channels<N, double>(a);
+    a.positions <= kChain * N ? short_rows<N>(a) : long_rows<N>(a);
   }
 
-  // Sums are of T: rows of one chain need no doubles.
-  template <int N, typename T>
-  static FASTCAM_INLINE void channels(const ChannelArgs<S>& a) {
+  // Rows of one chain: nothing is added in doubles, and N rows' lanes are added up together.
+  template <int N>
+  static FASTCAM_INLINE void short_rows(const ChannelArgs<S>& a) {
     using V = Vector<A, N>;
     using F = Formula<MODE, V, A>;
-    const int64_t overrun = (N - a.positions % N) % N;
-    const int64_t f_safe = safe_rows(a.channels, a.feature_row, overrun);
-    const int64_t r_safe = REF ? safe_rows(a.channels, a.reference_row, overrun) : 0;
-    const int64_t g_safe = safe_rows(a.channels, a.multiplier_row, overrun);
-    constexpr bool kOneChain = std::is_same_v<T, A>;
-    const int64_t positions = a.positions, chain = kOneChain ? positions : kChain * N;
-    for (int64_t k = a.k0; k < a.k1; ++k) {
-      const Row<N> f = {a.features + k * a.feature_row, k < f_safe};
-      const Row<N> r = {REF ? a.reference + k * a.reference_row : nullptr, k < r_safe};
-      T total = 0, magnitude = 0;
+    const Safe safe = safe_channels<N>(a);
+    const int64_t positions = a.positions;
+    for (int64_t k = a.k0; k < a.k1; k += N) {
+      const int64_t rows = smaller(N, a.k1 - k);
+      V terms[N] = {}, totals[N] = {}, magnitudes[N] = {}, total = {}, magnitude = {};
+      A shifts[N] = {};
       if constexpr (F::kTotalsFirst) {
-        for (int64_t start = 0; start < positions; start += chain) {
-          const int64_t end = kOneChain ? positions : smaller(positions, start + chain);
-          V totals = {};
-          for (int64_t p = start; p < end; p += N) totals += difference_at<N>(f, r, p, positions - p);
-          total += horizontal_sum<N>(totals);
+        for (int64_t j = 0; j < rows; ++j) {
+          totals[j] = chain<N, false, true>(rows_at<N>(a, safe, 0, k + j), 0, positions, V{}).totals;
         }
+        store<N>(shifts, horizontal_sums<N>(totals));
       }
       for (int64_t t = 0; t < a.targets; ++t) {
-        const Row<N> g = {a.multipliers + t * a.multiplier_target + k * a.multiplier_row, k < g_safe};
-        const V shift = splat<N>(static_cast<A>(total));
-        T sum = 0;
-        for (int64_t start = 0; start < positions; start += chain) {
-          const int64_t end = kOneChain ? positions : smaller(positions, start + chain);
-          V sums = {}, totals = {}, magnitudes = {};
-          for (int64_t p = start; p < end; p += N) {
-            const int64_t n = positions - p;
-            V d = {};
-            if constexpr (F::kReadsProduct) d = difference_at<N>(f, r, p, n);
-            if constexpr (F::kNeedsTotals && !F::kTotalsFirst) {
-              totals += d;
-              magnitudes += F::magnitude(d);
-            }
-            V term = F::term(g.get(p, n), d, shift);
-            // An infinite total would make NaN of positions that do not exist.
-            if (F::kTotalsFirst && n < N) term = first_lanes<N>(term, n);
-            sums += term;
-          }
-          sum += horizontal_sum<N>(sums);
-          if constexpr (F::kNeedsTotals && !F::kTotalsFirst) {
-            if (t == 0) total += horizontal_sum<N>(totals), magnitude += horizontal_sum<N>(magnitudes);
-          }
+        for (int64_t j = 0; j < rows; ++j) {
+          const auto found = chain<N, true, F::kTotalsBeside>(rows_at<N>(a, safe, t, k + j), 0, positions, splat<N>(shifts[j]));
+          terms[j] = found.terms;
+          if constexpr (F::kTotalsBeside) totals[j] = found.totals, magnitudes[j] = found.magnitudes;
         }
-        a.out[t * a.channels + k] = static_cast<A>(finished<MODE>(sum, total, magnitude, positions));
+        if (F::kTotalsBeside && t == 0) total = horizontal_sums<N>(totals), magnitude = horizontal_sums<N>(magnitudes);
+        const V found = finished<MODE, A>(horizontal_sums<N>(terms), total, magnitude, positions);
+        store_first<N>(a.out + t * a.channels + k, found, rows);
       }
     }
   }
 
+  // Chains end in doubles.
   template <int N>
-  static FASTCAM_INLINE Vector<A, N> difference_at(const Row<N>& f, const Row<N>& r, int64_t p, int64_t n) {
-    if constexpr (REF) return f.get(p, n) - r.get(p, n);
-    return f.get(p, n);
+  static FASTCAM_INLINE void long_rows(const ChannelArgs<S>& a) {
+    using V = Vector<A, N>;
+    using F = Formula<MODE, V, A>;
+    const Safe safe = safe_channels<N>(a);
+    const int64_t positions = a.positions, length = kChain * N;
+    for (int64_t k = a.k0; k < a.k1; ++k) {
+      double total = 0, magnitude = 0;
+      if constexpr (F::kTotalsFirst) {
+        const Rows<N> x = rows_at<N>(a, safe, 0, k);
+        for (int64_t p = 0; p < positions; p += length) {
+          total += horizontal_sum<N>(chain<N, false, true>(x, p, smaller(positions, p + length), V{}).totals);
+        }
+      }
+      const V shift = splat<N>(static_cast<A>(total));
+      for (int64_t t = 0; t < a.targets; ++t) {
+        const Rows<N> x = rows_at<N>(a, safe, t, k);
+        double sum = 0;
+        for (int64_t p = 0; p < positions; p += length) {
+          const auto found = chain<N, true, F::kTotalsBeside>(x, p, smaller(positions, p + length), shift);
+          sum += horizontal_sum<N>(found.terms);
+          if (!F::kTotalsBeside || t > 0) continue;
+          total += horizontal_sum<N>(found.totals), magnitude += horizontal_sum<N>(found.magnitudes);
+        }
+        a.out[t * a.channels + k] = static_cast<A>(finished<MODE, double>(sum, total, magnitude, positions));
+      }
+    }
+  }
+
+  // Below these channels, rows may be read to the ends of their last vectors.
+  struct Safe {
+    int64_t features, reference, multipliers;
+  };
+
+  template <int N>
+  static FASTCAM_INLINE Safe safe_channels(const ChannelArgs<S>& a) {
+    const int64_t overrun = (N - a.positions % N) % N;
+    return {safe_rows(a.channels, a.feature_row, overrun), REF ? safe_rows(a.channels, a.reference_row, overrun) : 0,
+            safe_rows(a.channels, a.multiplier_row, overrun)};
+  }
+
+  template <int N>
+  static FASTCAM_INLINE Rows<N> rows_at(const ChannelArgs<S>& a, const Safe& safe, int64_t t, int64_t k) {
+    return {{a.features + k * a.feature_row, k < safe.features},
+            {REF ? a.reference + k * a.reference_row : nullptr, k < safe.reference},
+            {a.multipliers + t * a.multiplier_target + k * a.multiplier_row, k < safe.multipliers}};
+  }
+
+  // Positions [start, end).
+  template <int N, bool TERMS, bool TOTALS>
+  static FASTCAM_INLINE Chain<N> chain(const Rows<N>& x, int64_t start, int64_t end, Vector<A, N> shift) {
+    Chain<N> found = {};
+    int64_t p = start;
+    for (; p + N <= end; p += N) add<N, TERMS, TOTALS>(x, p, N, shift, found);
+    if (p < end) add<N, TERMS, TOTALS>(x, p, end - p, shift, found);
+    return found;
+  }
+
+  // n positions from p on.
+  template <int N, bool TERMS, bool TOTALS>
+  static FASTCAM_INLINE void add(const Rows<N>& x, int64_t p, int64_t n, Vector<A, N> shift, Chain<N>& to) {
+    using F = Formula<MODE, Vector<A, N>, A>;
+    Vector<A, N> d = {};
+    if constexpr (TOTALS || F::kReadsProduct) d = x.features.get(p, n);
+    if constexpr (REF && (TOTALS || F::kReadsProduct)) d -= x.reference.get(p, n);
+    if constexpr (TOTALS) to.totals += d, to.magnitudes += F::magnitude(d);
+    if constexpr (TERMS) {
+      const auto term = F::term(x.multipliers.get(p, n), d, shift);
+      // An infinite total would make NaN of positions that do not exist.
+      to.terms += F::kTotalsFirst && n < N ? first_lanes<N>(term, n) : term;
+    }
   }
 };
 
@@ -242,7 +301,7 @@ struct PositionSums {
     }
     for (int64_t t = 0; t < a.targets; ++t) {
       sums.terms.clear(whole);
-      if (F::kNeedsTotals && !F::kTotalsFirst && t == 0) {
+      if (F::kTotalsBeside && t == 0) {
         add_all<N, true, true>(a, t, k, length, sums);
       } else {
         add_all<N, true, false>(a, t, k, length, sums);
@@ -250,9 +309,9 @@ struct PositionSums {
       A* out = a.out + t * a.channels + k;
       for (int64_t i = 0; i < length; ++i) {
         if constexpr (F::kNeedsTotals) {
-          out[i] = static_cast<A>(finished<MODE>(sums.terms.all[i], sums.totals.all[i], sums.magnitudes.all[i], a.positions));
+          out[i] = static_cast<A>(finished<MODE, double>(sums.terms.all[i], sums.totals.all[i], sums.magnitudes.all[i], a.positions));
         } else {
-          out[i] = static_cast<A>(finished<MODE>(sums.terms.all[i], 0.0, 0.0, a.positions));
+          out[i] = static_cast<A>(finished<MODE, double>(sums.terms.all[i], 0.0, 0.0, a.positions));
         }
       }
     }

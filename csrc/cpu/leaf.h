@@ -258,6 +258,22 @@ FASTCAM_INLINE auto horizontal_sum(V v) {
   }
 }
 
+// One addition of horizontal_sum for two vectors: the halves of every 2 HALF lanes of a, added, then those of b.
+template <int HALF, int N, typename V, int... J>
+FASTCAM_INLINE V folded(V a, V b, std::integer_sequence<int, J...>) {
+  return __builtin_shufflevector(a, b, (J / HALF % 2 * N + J / (2 * HALF) * (2 * HALF) + J % HALF)...) +
+         __builtin_shufflevector(a, b, (J / HALF % 2 * N + J / (2 * HALF) * (2 * HALF) + J % HALF + HALF)...);
+}
+
+// horizontal_sum of N vectors, of the j-th in lane j.
+template <int N, int HALF = N / 2, typename V>
+FASTCAM_INLINE V horizontal_sums(V (&v)[N]) {
+#pragma GCC unroll 8
+  for (int i = 0; i < HALF; ++i) v[i] = folded<HALF, N>(v[i], v[i + HALF], std::make_integer_sequence<int, N>{});
+  if constexpr (HALF == 1) return v[0];
+  else return horizontal_sums<N, HALF / 2>(v);
+}
+
 constexpr int64_t kChain = 16;  // additions of floats in a row that keep all their digits but one
 
 // What a short chain of additions comes to, for sums in double: a long chain of floats loses a digit or two, most of all one
