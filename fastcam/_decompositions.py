@@ -33,6 +33,8 @@ def table() -> dict[Any, Callable[..., Any]]:
     found[_aten.convolution_backward.default] = _convolution_backward
     found[_aten.empty_permuted.default] = _empty
     found[_aten.copy.default] = copied
+    found[_aten.as_strided.default] = _strided
+    found[_aten.as_strided_scatter.default] = _strided_scatter
     return found
 
 
@@ -44,6 +46,39 @@ def _empty(size: Sequence[int], order: Sequence[int], **options: Any) -> Tensor:
 def copied(into: Tensor, values: Tensor, non_blocking: bool = False) -> Tensor:
     """`aten.copy`, which autograd has no derivative of."""
     return values.to(into.dtype).expand(into.shape).clone()
+
+
+def _strided(x: Tensor, size: Sequence[Any], stride: Sequence[Any], offset: Any = None) -> Tensor:
+    """Of all entries in their order, as global pools of channels_last features do: another shape."""
+    return x.reshape(size) if _all_in_order(x, size, stride, offset) else NotImplemented
+
+
+def _strided_scatter(
+    x: Tensor, values: Tensor, size: Sequence[Any], stride: Sequence[Any], offset: Any = None
+) -> Tensor:
+    """Into all entries in their order, as those pools' gradients do: the values themselves."""
+    return values.reshape(x.shape) if _all_in_order(x, size, stride, offset) else NotImplemented
+
+
+def _all_in_order(x: Tensor, size: Sequence[Any], stride: Sequence[Any], offset: Any) -> bool:
+    """Whether size and stride mean the memory of x, both without gaps and last dimension first."""
+    return (
+        offset in (None, x.storage_offset())
+        and math.prod(size) == x.numel()
+        and _is_in_order(x.shape, x.stride())
+        and _is_in_order(size, stride)
+    )
+
+
+def _is_in_order(size: Sequence[Any], stride: Sequence[Any]) -> bool:
+    expected = 1
+    for extent, step in zip(reversed(size), reversed(stride), strict=True):
+        if isinstance(extent, int) and extent == 1:
+            continue
+        if step != expected:
+            return False
+        expected = expected * extent
+    return True
 
 
 def _max_pool_backward(
