@@ -32,7 +32,7 @@ def table() -> dict[Any, Callable[..., Any]]:
     found[_aten._adaptive_avg_pool3d_backward.default] = _adaptive_average_backward
     found[_aten.convolution_backward.default] = _convolution_backward
     found[_aten.empty_permuted.default] = _empty
-    found[_aten.copy.default] = copied
+    found[_aten.copy.default] = _copy
     found[_aten.as_strided.default] = _strided
     found[_aten.as_strided_scatter.default] = _strided_scatter
     return found
@@ -46,6 +46,21 @@ def _empty(size: Sequence[int], order: Sequence[int], **options: Any) -> Tensor:
 def copied(into: Tensor, values: Tensor, non_blocking: bool = False) -> Tensor:
     """`aten.copy`, which autograd has no derivative of."""
     return values.to(into.dtype).expand(into.shape).clone()
+
+
+def _copy(into: Tensor, values: Tensor, non_blocking: bool = False) -> Tensor:
+    """In a graph that writes into nothing, the values themselves where they lie as they would."""
+    alike = values.ndim == into.ndim and values.dtype == into.dtype
+    if alike and all(map(_equal, (*values.shape, *values.stride()), (*into.shape, *into.stride()))):
+        return values
+    return copied(into, values)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """For sizes that follow the number of images too, without making it a condition on that number."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # whose imports are heavy
+
+    return statically_known_true(one == other)
 
 
 def _strided(x: Tensor, size: Sequence[Any], stride: Sequence[Any], offset: Any = None) -> Tensor:
@@ -64,7 +79,7 @@ def _all_in_order(x: Tensor, size: Sequence[Any], stride: Sequence[Any], offset:
     """Whether size and stride mean the memory of x, both without gaps and last dimension first."""
     return (
         offset in (None, x.storage_offset())
-        and math.prod(size) == x.numel()
+        and _equal(math.prod(size), x.numel())
         and _is_in_order(x.shape, x.stride())
         and _is_in_order(size, stride)
     )
@@ -75,7 +90,7 @@ def _is_in_order(size: Sequence[Any], stride: Sequence[Any]) -> bool:
     for extent, step in zip(reversed(size), reversed(stride), strict=True):
         if isinstance(extent, int) and extent == 1:
             continue
-        if step != expected:
+        if not _equal(step, expected):
             return False
         expected = expected * extent
     return True

@@ -16,9 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.source import ConstantSource
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.fx.experimental.symbolic_shapes import (
+    DimDynamic,
+    GuardOnDataDependentSymNode,
+    ShapeEnv,
+    StatelessSymbolicContext,
+)
 
 from fastcam import _decompositions
 from fastcam._tracing import traced
@@ -219,7 +224,13 @@ def _reason(error: Exception) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}fastcam{os.sep}" in f.filename]
     text = str(error).strip().splitlines()
     at = f" (at {frames[-1].filename.rpartition(os.sep)[2]}:{frames[-1].lineno})" if frames else ""
+    if isinstance(error, _DECIDED_BY_NUMBERS):
+        return f"it decides by numbers computed on the way, as methods that perturb images in chunks do{at}"
     return f"{type(error).__name__}: {text[0] if text else '(no message)'}{at}"
+
+
+#: What asking a stand-in for a number, or for what depends on one, raises.
+_DECIDED_BY_NUMBERS = (GuardOnDataDependentSymNode, DataDependentOutputException, DynamicOutputShapeException)
 
 
 @contextlib.contextmanager

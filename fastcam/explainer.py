@@ -23,7 +23,7 @@ from fastcam.program.forward import Backward, Forward, Session
 from fastcam.program.layers import check_spatial
 from fastcam.program.session import CapturedSession
 from fastcam.program.state import fingerprint, neutral_modes
-from fastcam.program.targets import Targets, TargetSpec, resolve_targets
+from fastcam.program.targets import Targets, TargetSpec, check_count, resolve_targets
 
 #: Straight lines kept by one explainer: one for each image size and kind of targets.
 _LINES = 8
@@ -344,7 +344,9 @@ def _given(images: torch.Tensor, targets: TargetSpec) -> tuple[torch.Tensor, ...
     if one.dtype.is_floating_point or one.dtype == torch.bool:
         return ()  # an error, but not here
     one = one.to(torch.int64)
-    return (one.expand(images.shape[0]) if one.ndim == 0 else one,)
+    one = one.expand(images.shape[0]) if one.ndim == 0 else one
+    check_count(one, images.shape[0])
+    return (one,)
 
 
 def _tensors(found: Attribution) -> dict[str, Any]:

@@ -55,6 +55,11 @@ def export_program(
     settings: dict[str, Any] = {"layer": layer, "size": size, "normalize": normalize, "mean": mean, "std": std}
     if options.get("on_nonfinite") == "raise":
         raise ValueError("an exported program cannot raise on numbers; leave on_nonfinite out: it masks")
+    for name in ("compile", "differentiable"):
+        if options.get(name):
+            raise ValueError(
+                f"{name} is for explainers that run in Python; leave it out: a program takes no part in it"
+            )
     explainer = Explainer(model, method, **settings, **options)
     if isinstance(example, Tensor) and example.ndim and example.shape[0] == 0:
         raise ValueError(f"example must hold at least one image; got shape {tuple(example.shape)}")

@@ -156,6 +156,8 @@ def test_what_it_cannot_explain():
     assert (found.maps[1:] == 0).all()
     with pytest.raises(Exception, match=r"score_cam.*is no straight line of operators"):
         torch.compile(fastcam.Explainer(gap_linear(), "score_cam"), fullgraph=True, backend="eager")(images(2))
+    with pytest.raises(Exception, match="do not fit a batch of 3"):
+        compiled(images(3), torch.tensor([0, 1]))
     with pytest.raises(Exception, match=r"targets must hold integers, got torch\.float32"):
         compiled(images(2), torch.tensor([0.5, 1]))
     with pytest.raises(Exception, match="cannot raise on numbers"):

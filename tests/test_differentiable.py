@@ -108,6 +108,8 @@ def test_errors():
     explainer = fastcam.Explainer(model, "grad_cam", differentiable=True)
     bad = images(2, side=16).float()
     assert explainer(bad, 1).maps.requires_grad
+    with pytest.raises(ValueError, match=r"targets of shape \(1,\) do not fit a batch of 2"):
+        explainer(bad, [1])
     bad[1] = torch.nan
     with pytest.raises(ValueError, match="image 1 are not finite"):
         explainer(bad, 1)

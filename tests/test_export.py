@@ -289,10 +289,14 @@ def test_torchvision(tmp_path, name, method):
 
 def test_errors_say_why():
     model = gap_linear()
-    with pytest.raises(fastcam.ExportError, match=r"score_cam.*no straight line"):
+    with pytest.raises(fastcam.ExportError, match=r"score_cam.*no straight line.*it decides by numbers"):
         fastcam.export_program(model, "score_cam", images(2))
     with pytest.raises(ValueError, match="cannot raise on numbers"):
         fastcam.export_program(model, "grad_cam", images(2), on_nonfinite="raise")
+    with pytest.raises(ValueError, match="compile is for explainers that run in Python"):
+        fastcam.export_program(model, "grad_cam", images(2), compile=True)
+    with pytest.raises(TypeError, match="method must be a name, such as 'lift_cam'; got Tensor"):
+        fastcam.export_program(model, images(2), "grad_cam")
     with pytest.raises(ValueError, match="at least one image"):
         fastcam.export_program(model, "grad_cam", images(0))
     with pytest.raises(ValueError, match="did you mean 'lift_cam'"):

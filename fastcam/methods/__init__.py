@@ -72,9 +72,11 @@ _METHODS: dict[str, Method | PairMethod] = {
 
 
 def get(name: str) -> Method | PairMethod:
-    """The method called `name`; ValueError with the closest names for one that does not exist."""
+    """The method called `name`; ValueError with the closest names for another one, TypeError for no name."""
+    if not isinstance(name, str):
+        raise TypeError(f"method must be a name, such as 'lift_cam'; got {type(name).__name__}")
     if name not in _METHODS:
-        close = difflib.get_close_matches(str(name), _METHODS, n=1)
+        close = difflib.get_close_matches(name, _METHODS, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"there is no method {name!r}; {hint}methods: {', '.join(_METHODS)}")
     return _METHODS[name]

@@ -12,7 +12,7 @@ import torch
 
 from fastcam._tracing import tracing
 
-__all__ = ["TargetSpec", "Targets", "class_scores", "resolve_targets", "scores_of"]
+__all__ = ["TargetSpec", "Targets", "check_count", "class_scores", "resolve_targets", "scores_of"]
 
 TargetSpec: TypeAlias = (
     int
@@ -99,6 +99,15 @@ def scores_of(
     return score
 
 
+def check_count(indices: torch.Tensor, batch: int) -> None:
+    """ValueError where class indices are not (batch,) or (batch, T)."""
+    if indices.ndim not in (1, 2) or indices.shape[0] != batch:
+        raise ValueError(
+            f"targets of shape {tuple(indices.shape)} do not fit a batch of {batch}: "
+            f"expected ({batch},), or ({batch}, T) for T targets an image"
+        )
+
+
 def _highest(text: str, output: torch.Tensor) -> torch.Tensor:
     match = re.fullmatch(r"top([1-9]\d*)", text)
     if match is None:
@@ -135,11 +144,7 @@ def _as_indices(
             raise TypeError(f"targets must hold integers, got {indices.dtype}")
         if indices.ndim == 0:
             indices = indices.expand(batch)
-    if indices.ndim not in (1, 2) or indices.shape[0] != batch:
-        raise ValueError(
-            f"targets of shape {tuple(indices.shape)} do not fit a batch of {batch}: "
-            f"expected ({batch},), or ({batch}, T) for T targets an image"
-        )
+    check_count(indices, batch)
     if indices.ndim == 2 and indices.shape[1] == 0:
         raise ValueError(f"targets of shape {tuple(indices.shape)} name no class for any image")
     indices = indices.to(torch.int64)

@@ -24,5 +24,5 @@ def scaled(relevance: Tensor, factor: Tensor | None) -> Tensor:
 
 def quotient(relevance: Tensor, divisor: Tensor, epsilon: float) -> Tensor:
     """relevance / (divisor moved away from zero by epsilon), 0 where even that is 0."""
-    moved = torch.where(divisor >= 0, divisor + epsilon, divisor - epsilon)
+    moved = torch.where(divisor >= 0, divisor + epsilon, divisor - epsilon) if epsilon else divisor
     return torch.where(moved == 0, 0.0, relevance / moved)

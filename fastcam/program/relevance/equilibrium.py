@@ -95,13 +95,13 @@ class Equilibrium:
             budgets = [ops.relevance_budgets(r) for r in whole]
             results: list[list[Tensor]] = [[] for _ in given]
             for some in _portions(x, whole[0]):
-                here = x[some]
+                here = _images(x, some)
                 divisors = _divisors(here, weight, geometry, self.threshold, walk.weights)
                 shape = (3 * here.shape[0], *x.shape[1:])
                 for result, r, of in zip(results, whole, budgets, strict=True):
-                    messages = ops.relevance_equilibrium(r[some], of[some], divisors, ratio)
+                    messages = ops.relevance_equilibrium(_images(r, some), _images(of, some), divisors, ratio)
                     parts = geometry.back(messages, weight, shape, walk.weights)
-                    result.append(ops.relevance_combine(here, parts, of[some], not pointwise, self.threshold))
+                    result.append(ops.relevance_combine(here, parts, _images(of, some), not pointwise, self.threshold))
             return {source.index: [Relevance(r[0] if len(r) == 1 else torch.cat(r)) for r in results]}
 
         return Way(take)
@@ -157,6 +157,10 @@ def _portions(x: Tensor, r: Tensor) -> list[slice]:
     image = 3 * max(x[:1].numel(), r[:1].numel()) * x.element_size()
     step = max(1, _PORTION // max(1, image))
     return [slice(start, start + step) for start in range(0, max(1, len(x)), step)]
+
+
+def _images(x: Tensor, some: slice) -> Tensor:
+    return x if some == slice(None) else x[some]
 
 
 def _divisors(x: Tensor, weight: Tensor, geometry: Geometry, threshold: float, cache: ModifiedWeights) -> Tensor:
