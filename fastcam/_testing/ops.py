@@ -12,9 +12,16 @@ from torch import Tensor
 
 from fastcam import _extension
 
-__all__ = ["DTYPES", "LAYOUTS", "arranged", "assert_rms", "make", "to_float64", "usable_backends"]
+__all__ = ["DTYPES", "LAYOUTS", "OPCHECKED", "arranged", "assert_rms", "make", "to_float64", "usable_backends"]
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# torch.library.opcheck traces the op anew for each: every layout and both precisions, not every pair of them.
+OPCHECKED = (
+    ("contiguous", torch.float32),
+    ("channels_last", torch.bfloat16),
+    ("transposed", torch.bfloat16),
+    ("sliced channels", torch.float32),
+)
 # Largest RMS error over RMS value for 64 reduced elements, by accumulation dtype; grows with the square root.
 RMS = {torch.float64: 1e-12, torch.float32: 1e-6}
 

@@ -31,7 +31,7 @@ with needing("quantus"):
 __all__ = ["PixelFlipping", "explain"]
 
 #: Perturbed images in one forward pass, and the numbers in them: what stays in a processor's cache.
-_ROWS, _NUMBERS = 64, 1 << 18
+_ROWS, _NUMBERS = 256, 1 << 19
 
 
 def explain(

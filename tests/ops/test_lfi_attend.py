@@ -10,7 +10,7 @@ from torch.autograd import gradcheck
 
 from fastcam import ops
 from fastcam._testing.kernel_cases import lfi_many_channels
-from fastcam._testing.ops import DTYPES, LAYOUTS, make, to_float64
+from fastcam._testing.ops import DTYPES, LAYOUTS, OPCHECKED, make, to_float64
 from fastcam._testing.relevance import assert_fresh, assert_repeatable
 
 OP = torch.ops.fastcam.lfi_attend.default
@@ -222,8 +222,7 @@ def test_same_bits_on_every_run_thread_count_and_batch(backend, layout):
         assert torch.equal(ours, torch.cat(alone))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced channels"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("layout", "dtype"), OPCHECKED)
 def test_opcheck(layout, dtype):
     features = make((2, 5, 4, 6), dtype, 17, layout)
     torch.library.opcheck(OP, (features, make((2, 5), torch.float32, 18)))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastcam import ops
-from fastcam._testing.ops import DTYPES, LAYOUTS, make, to_float64
+from fastcam._testing.ops import DTYPES, LAYOUTS, OPCHECKED, make, to_float64
 from fastcam._testing.relevance import assert_elementwise, assert_fresh, assert_refuses_grad, assert_repeatable
 from fastcam.ops.lfi_attend_backward import lfi_attend_backward
 
@@ -181,8 +181,7 @@ def test_same_bits_on_every_run_thread_count_and_batch(backend, layout):
         assert torch.equal(ours, torch.cat(alone))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced channels"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("layout", "dtype"), OPCHECKED)
 def test_opcheck(layout, dtype):
     given = arguments((2, 5, 4, 6), dtype, 9, layout, wide=True)
     torch.library.opcheck(OP, tuple(given))

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from fastcam import ops
-from fastcam._testing.ops import DTYPES, LAYOUTS, make, to_float64
+from fastcam._testing.ops import DTYPES, LAYOUTS, OPCHECKED, make, to_float64
 from fastcam._testing.relevance import assert_elementwise, assert_fresh, assert_repeatable, with_zeros
 
 OP = torch.ops.fastcam.lfi_mask.default
@@ -183,8 +183,7 @@ def test_same_bits_on_every_run_thread_count_and_batch(backend, layout):
     assert torch.equal(ops.lfi_mask(features, grey), torch.cat(images))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced channels"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("layout", "dtype"), OPCHECKED)
 def test_opcheck(layout, dtype):
     torch.library.opcheck(OP, (make((2, 5, 4, 6), dtype, 18, layout), make((2, 1, 4, 6), torch.float32, 19)))
     torch.library.opcheck(OP, (F[:0], GREY[:0]))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastcam._testing.ops import DTYPES, LAYOUTS, make, to_float64
+from fastcam._testing.ops import DTYPES, LAYOUTS, OPCHECKED, make, to_float64
 from fastcam._testing.relevance import (
     assert_elementwise,
     assert_fresh,
@@ -124,8 +124,7 @@ def test_same_bits_on_every_run_thread_count_and_batch(backend, layout):
     assert torch.equal(lfi_mask_backward(grad, features, grey), torch.cat(images))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced channels"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("layout", "dtype"), OPCHECKED)
 def test_opcheck(layout, dtype):
     features, grad = make((2, 5, 4, 6), dtype, 13, layout), make((2, 5, 4, 6), dtype, 14)
     torch.library.opcheck(OP, (grad, features, make((2, 1, 4, 6), torch.float32, 15)))

@@ -8,7 +8,7 @@ import torch
 
 from fastcam import ops
 from fastcam._testing.kernel_cases import check_perturb_by_rank
-from fastcam._testing.ops import DTYPES, LAYOUTS, make
+from fastcam._testing.ops import DTYPES, LAYOUTS, OPCHECKED, make
 
 OP = torch.ops.fastcam.perturb_by_rank.default
 INTEGERS = (torch.int32, torch.int64)
@@ -209,8 +209,7 @@ def test_inputs_that_require_grad_are_refused(backend):
                 call(**{**given, name: X.clone().requires_grad_()})
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced channels"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("layout", "dtype"), OPCHECKED)
 def test_opcheck(layout, dtype):
     images, baseline = make((2, 3, 4, 6), dtype, 1, layout), make((1, 3, 1, 1), dtype, 2)
     torch.library.opcheck(OP, (images, baseline, ranks_of(2, 4, 6), COUNTS))

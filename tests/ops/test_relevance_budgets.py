@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastcam import ops
-from fastcam._testing.ops import DTYPES, LAYOUTS, make, to_float64
+from fastcam._testing.ops import DTYPES, LAYOUTS, OPCHECKED, make, to_float64
 from fastcam._testing.relevance import assert_elementwise, assert_refuses_grad, assert_repeatable
 
 OP = torch.ops.fastcam.relevance_budgets.default
@@ -123,8 +123,7 @@ def test_inputs_that_require_grad_are_refused(backend):
         assert_refuses_grad(call, "relevance_budgets", {"relevance": X})
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced channels"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("layout", "dtype"), OPCHECKED)
 def test_opcheck(layout, dtype):
     torch.library.opcheck(OP, (make((2, 5, 4, 6), dtype, 1, layout),))
     torch.library.opcheck(OP, (X[:0],))

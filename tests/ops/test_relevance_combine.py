@@ -10,7 +10,7 @@ import torch
 
 import fastcam
 from fastcam import ops
-from fastcam._testing.ops import DTYPES, LAYOUTS, make, to_float64
+from fastcam._testing.ops import DTYPES, LAYOUTS, OPCHECKED, make, to_float64
 from fastcam._testing.relevance import (
     assert_elementwise,
     assert_fresh,
@@ -195,8 +195,7 @@ def test_inputs_that_require_grad_are_refused(backend):
         assert_refuses_grad(call, "relevance_combine", {"inputs": X, "parts": T, "budgets": BUDGETS})
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced channels"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("layout", "dtype"), OPCHECKED)
 def test_opcheck(layout, dtype):
     x, t = make((2, 5, 4, 6), dtype, 1, layout), make((6, 5, 4, 6), dtype, 2, layout)
     torch.library.opcheck(OP, (x, t, ones(x)))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastcam import ops
-from fastcam._testing.ops import DTYPES, LAYOUTS, make
+from fastcam._testing.ops import DTYPES, LAYOUTS, OPCHECKED, make
 from fastcam._testing.relevance import (
     assert_elementwise,
     assert_fresh,
@@ -148,8 +148,7 @@ def test_inputs_that_require_grad_are_refused(backend):
         assert_refuses_grad(call, "relevance_divide", {"relevance": X, "divisor": X, "factor": X})
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced channels"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("layout", "dtype"), OPCHECKED)
 def test_opcheck(layout, dtype):
     r, d, f = (make((2, 5, 4, 6), dtype, seed, layout) for seed in range(3))
     torch.library.opcheck(OP, (r, d))

@@ -10,7 +10,7 @@ import torch
 
 import fastcam
 from fastcam import ops
-from fastcam._testing.ops import DTYPES, LAYOUTS, make
+from fastcam._testing.ops import DTYPES, LAYOUTS, OPCHECKED, make
 from fastcam._testing.relevance import (
     assert_elementwise,
     assert_refuses_grad,
@@ -242,8 +242,7 @@ def test_inputs_that_require_grad_are_refused(backend):
         assert_refuses_grad(call, "relevance_split", inputs)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced channels"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("layout", "dtype"), OPCHECKED)
 def test_opcheck(layout, dtype):
     shape = (2, 5, 4, 6)
     r, f, (z, p) = make(shape, dtype, 1, layout), make(shape, dtype, 2, layout), layer(shape, dtype, 3, layout)

@@ -11,7 +11,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.functional import leaky_relu
 
 from fastcam import ops
-from fastcam._testing.ops import DTYPES, LAYOUTS, make, to_float64
+from fastcam._testing.ops import DTYPES, LAYOUTS, OPCHECKED, make, to_float64
 
 SLOPES = (0.0, 0.01, 1.0, -0.5)
 OP = torch.ops.fastcam.rescale_multipliers.default
@@ -232,8 +232,7 @@ def test_bare_op_refuses_to_lose_gradients():
         OP(X, X.clone().requires_grad_(), X)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced channels"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("layout", "dtype"), OPCHECKED)
 def test_opcheck(layout, dtype):
     for batch in (1, 2):
         inputs, reference = make((2, 5, 4, 6), dtype, 15, layout), make((batch, 5, 4, 6), dtype, 16)

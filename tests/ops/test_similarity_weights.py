@@ -358,8 +358,7 @@ def test_inputs_that_require_grad_are_refused(backend):
         assert_refuses_grad(call, "similarity_weights", {"first": X, "second": X})
 
 
-@pytest.mark.parametrize("layout", LAYOUTS_2D)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("layout", "dtype"), [*zip(LAYOUTS_2D, DTYPES, strict=True)])
 def test_opcheck(layout, dtype):
     u, v = make((3, 7), dtype, 1, layout), LAYOUTS[layout](make((3, 7), dtype, 2))
     for weighting in WEIGHTINGS:
