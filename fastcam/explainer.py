@@ -406,9 +406,8 @@ def at_layers(explainers: Sequence[Explainer], images: torch.Tensor, targets: Ta
         passed = None
         if len(captured) == len(sessions):
             lowest = min(captured, key=lambda session: session.cut.feature)
-            values = [session.cut.feature for session in captured]
             gradients = first.options.needed(first.method.needs) == "gradients"
-            passed = lowest.forwards(images, values, [session.layer for session in captured], gradients)
+            passed = lowest.forwards(images, captured, gradients)
         if passed is not None:
             resolved = resolve_targets(targets, passed[0].output, len(images))
             return [e._explained(images, one, resolved) for e, one in zip(explainers, passed, strict=True)]

@@ -219,18 +219,19 @@ class CapturedSession(Session):
         )
 
     def forwards(
-        self, images: Tensor, values: Sequence[int], layers: Sequence[str], gradients: bool
+        self, images: Tensor, sessions: Sequence[CapturedSession], gradients: bool
     ) -> list[CapturedForward] | None:
-        """One pass at several values, with `gradients` ready for those at all of them by one pass back; None where one
-        of them does not follow from this cut's feature map.
+        """One pass for several sessions of the network, this one among them, each at its own layer; None where one of
+        the layers does not follow from this one's feature map. What follows them does not run again with other
+        features.
 
-        values  indices in the program, this cut's own and later ones;  layers  their names
+        gradients  ready for those at all layers by one pass back
         """
+        values = [session.cut.feature for session in sessions]
         if not set(values) <= self.cut.program.descendants(self.cut.feature):
             return None
         held = self._trunk(images)
         with neutral_modes():
-            entering = self.cut.entering(held)
             found: dict[int, Tensor] = {}
 
             def keep(index: int) -> None:
@@ -242,12 +243,13 @@ class CapturedSession(Session):
                 held[self.cut.feature] = found[self.cut.feature] = first
                 self.cut.head_graph.run(held, watch=keep)
                 output = self.cut.program.result(held)
+        layers = [session.layer for session in sessions]
         parts: list[Graph] = SharedGraph([found[index] for index in values], output, layers).parts()
         return [
             CapturedForward(
-                self, found[index].detach(), detached(output), entering, graph=part if gradients else None, layer=layer
+                session, found[session.cut.feature].detach(), detached(output), {}, graph=part if gradients else None
             )
-            for index, part, layer in zip(values, parts, layers, strict=True)
+            for session, part in zip(sessions, parts, strict=True)
         ]
 
     def pull_back(self, features: Tensor, slopes: Tensor, rows: Tensor, made_of: Callable[[Tensor], Tensor]) -> Tensor:
@@ -355,11 +357,9 @@ class CapturedForward(Forward):
         recorded: Recorded | None = None,
         walk: SignedWalk | None = None,
         walked: tuple[RelevanceWalk, Passed] | None = None,
-        layer: str | None = None,
     ):
         uniform = affine is not None and affine.uniform
         super().__init__(session, features, output, linear=affine is not None, uniform=uniform)
-        self.layer = layer or session.layer
         self._entering = entering
         self._affine = affine
         self._graph = graph

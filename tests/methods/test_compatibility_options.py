@@ -141,7 +141,9 @@ def test_seed_by_a_callable(tapped):
         fastcam.attribute(net, x, "lrp", seed=lambda logits: logits[:, :4])
 
 
-@pytest.mark.parametrize("method", ["grad_cam", "layer_cam", "eigen_cam", "score_cam", "lift_cam"])
+@pytest.mark.parametrize(
+    "method", ["grad_cam", "layer_cam", "eigen_cam", "score_cam", "lift_cam", "smooth_grad_cam_pp"]
+)
 @pytest.mark.parametrize(
     "targets", [None, CLASSES, "top2", lambda y: y[:, 1] ** 2], ids=["none", "list", "top2", "call"]
 )

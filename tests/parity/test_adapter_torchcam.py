@@ -183,12 +183,13 @@ def test_t3_every_noisy_sample_counts():
             gradients = iter([sign * last, last])  # the mean gradient is 1, or 0
             found.append(theirs(1, None, normalized=False)[0])
         assert float(found[1].abs().max()) > 0.1 * float(found[0].abs().max())
-    got, fast = run(ours, "SmoothGradCAMpp", net, ["features"], x, CLASSES)
+    got, fast = run(ours, "SmoothGradCAMpp", net, LAYERS, x, CLASSES)
     close(got, fast, torch.float64)
-    want = fastcam.attribute(
-        net, x, "smooth_grad_cam_pp", targets=CLASSES, layer="features", size="layer", noise_std=0.3
-    )
-    torch.testing.assert_close(got[0], want.maps, rtol=0, atol=1e-6)
+    for cam, layer in zip(got, LAYERS, strict=True):
+        want = fastcam.attribute(
+            net, x, "smooth_grad_cam_pp", targets=CLASSES, layer=layer, size="layer", noise_std=0.3
+        )
+        torch.testing.assert_close(cam, want.maps, rtol=0, atol=1e-6)
     with ours.SSCAM(net, "features", num_samples=2) as extractor:
         extractor.model(x)
         close(extractor(CLASSES), extractor.run(x, CLASSES), torch.float64)
