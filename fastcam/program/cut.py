@@ -123,9 +123,9 @@ class Cut:
         Raises UnsupportedOpError for a step without a rule.
         """
         nodes, rest = self._head_nodes, []
-        stop, sizes, ends = self.feature, self.sizes, self.program.output_indices
+        stop, sizes, ends, beside = self.feature, self.sizes, self.program.output_indices, frozenset(self.bypass)
         if below:
-            stop, sizes, ends = self.program.input, frozenset(), self._survive
+            stop, sizes, ends, beside = self.program.input, frozenset(), self._survive, frozenset()
             before = [self.program.nodes[i] for i in sorted(self._before)]
             nodes = [node for node in before if node.kind not in LEAVES and node.index != stop]
         else:
@@ -135,7 +135,7 @@ class Cut:
             after = set().union(*(self.program.descendants(i) - {i} for i in starts)) - starts
             rest = [node for node in nodes if node.index in after]
             nodes = [node for node in nodes if node.index not in after]
-        return RelevanceWalk(self.program, stop, nodes, sizes, composer, ends, self.packed, rest)
+        return RelevanceWalk(self.program, stop, nodes, sizes, composer, ends, self.packed, rest, beside)
 
     @cached_property
     def leaves_before(self) -> frozenset[int]:

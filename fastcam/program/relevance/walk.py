@@ -133,15 +133,16 @@ class RelevanceWalk:
     sizes     values read that are the batch size
     composer  chooses the rules
     ends      values that must survive the pass beside what the rules read: where relevance starts, and outputs
-
     rest      steps that only the output needs, and no relevance passes
+    beside    values that enter beside `stop` and follow from the image too: a skip around the layer. They take their
+              shares, which go no further
 
     Raises UnsupportedOpError where a step has no rule.
     """
 
     def __init__(
         self, program: Program, stop: int, nodes: Sequence[Node], sizes: frozenset[int], composer: Composer,
-        ends: frozenset[int], packed: bool, rest: Sequence[Node] = (),
+        ends: frozenset[int], packed: bool, rest: Sequence[Node] = (), beside: frozenset[int] = frozenset(),
     ):  # fmt: skip
         self.program = program
         self.stop = stop
@@ -151,11 +152,12 @@ class RelevanceWalk:
         self.nonnegative = nonnegative(program)
         self.weights = ModifiedWeights()
         self._sizes = sizes
+        self._beside = frozenset(ref for ref in beside if (program.nodes[ref].dtype or torch.float32).is_floating_point)
         composer.check(self)
         made = {node.index for node in nodes}
         self._steps: list[tuple[Node, frozenset[int], Way]] = []
         keep = {stop} | {node.index for node in nodes if node.kind == "size"}
-        varies = {stop}
+        varies = {stop} | self._beside
         for node in nodes:
             active = frozenset(ref for ref in node.refs() if ref in varies)
             if not active or node.kind == "size" or reads_size_alone(node, active):
@@ -180,7 +182,7 @@ class RelevanceWalk:
         values[self.stop] = features
         for index in self._sizes:
             values[index] = batch
-        shapes = {self.stop: features.shape}
+        shapes = {self.stop: features.shape} | {index: values[index].shape for index in self._beside}
         self._schedule.run(values, shapes=shapes)
         return Passed(values, shapes)
 
@@ -220,7 +222,8 @@ class RelevanceWalk:
                     raise RuntimeError(f"{type(error).__name__}: {error}\nin the relevance rule of {node}") from error
                 del given
                 for ref, piece in pieces.items():
-                    accumulate(found, ref, piece)
+                    if ref not in self._beside:
+                        accumulate(found, ref, piece)
             # Whatever reads a value comes after the step that made it, and so has had its turn.
             if node.index != self.stop:
                 passed.values.pop(node.index, None)
