@@ -22,7 +22,7 @@ from fastcam.explainer import Attribution as Found
 from fastcam.explainer import Explainer
 from fastcam.program.capture import CaptureError
 from fastcam.program.layers import UnfitLayer
-from fastcam.program.relevance import Composite, Epsilon, Norm, Pass
+from fastcam.program.relevance import Composite, Epsilon, MaxPool, Norm, Pass, Raised
 from fastcam.program.rescale import UnsupportedOpError
 from fastcam.program.targets import TargetSpec
 
@@ -32,7 +32,7 @@ with needing("captum"):
     import captum.attr as _peer
     from captum._utils.common import _format_baseline, _format_tensor_into_tuples, _select_targets, _validate_input
     from captum.attr._core import lrp as _lrp
-    from captum.attr._utils.lrp_rules import EpsilonRule, IdentityRule
+    from captum.attr._utils.lrp_rules import Alpha1_Beta0_Rule, EpsilonRule, GammaRule, IdentityRule
 
 __all__ = [
     "LRP",
@@ -44,6 +44,10 @@ __all__ = [
     "LayerGradCam",
     "LayerLRP",
 ]  # fmt: skip
+
+
+#: Stabiliser of Captum's rules.
+_EPSILON = 1e-9
 
 
 class _NotCovered(Exception):
@@ -114,7 +118,7 @@ def _explain(
 
 def _spec(target: Any, batch: int) -> TargetSpec:
     """Captum's target as fastcam takes it: class indices where it is that, else Captum's own selection."""
-    if isinstance(target, Tensor):
+    if isinstance(target, Tensor) and (target.numel() == 1 or target.ndim < 2):
         target = int(target.item()) if target.numel() == 1 else target.tolist()
     if isinstance(target, tuple) and len(target) == 1:
         target = target[0]
@@ -135,6 +139,8 @@ def _spec(target: Any, batch: int) -> TargetSpec:
 
 
 def _like(inputs: Any, result: Tensor) -> Any:
+    """As Captum gives it: in a tuple where a tuple was given, and contiguous, for its metrics take views."""
+    result = result.contiguous()
     return (result,) if isinstance(inputs, tuple) else result
 
 
@@ -156,7 +162,7 @@ class LayerGradCam(_peer.LayerGradCam):
         found = _explain(
             self, "grad_cam", inputs, target, additional_forward_args, self.layer, relu=bool(relu_attributions)
         )
-        return found.raw.unsqueeze(1)
+        return found.raw.unsqueeze(1).contiguous()
 
 
 class GuidedBackprop(_peer.GuidedBackprop):
@@ -236,7 +242,7 @@ class LayerDeepLift(_peer.LayerDeepLift):
             return_convergence_delta,
             custom_attribution_func,
         )
-        result = found.extra["contributions" if self.multiplies_by_inputs else "multipliers"]
+        result = found.extra["contributions" if self.multiplies_by_inputs else "multipliers"].contiguous()
         return (result, found.delta) if return_convergence_delta else result
 
 
@@ -266,8 +272,8 @@ class _Strict:
 class LRP(_Strict, _peer.LRP):
     """Rules are Captum's: epsilon 1e-9 for weighted layers, pools and batch norms, the value of the output as seed.
 
-    A module's `rule` counts and stays: EpsilonRule and IdentityRule run here, others in Captum. Residual sums share
-    relevance in proportion (C8). With `strict` a layer without a rule in Captum is a TypeError, as there.
+    A module's `rule` counts and stays; Captum's own run here, the user's in Captum. Residual sums share relevance in
+    proportion (C8). With `strict` a layer without a rule in Captum is a TypeError, as there.
     """
 
     def __init__(self, model: nn.Module, *, strict: bool = False):
@@ -308,30 +314,69 @@ class LayerLRP(_Strict, _peer.LayerLRP):
         if attribute_to_layer_input:
             raise _NotCovered("attribute_to_layer_input is asked for")
         found = _relevance(self, self.layer, inputs, target, additional_forward_args)
-        result = found.extra["relevance"]
+        result = found.extra["relevance"].contiguous()
         return (result, _lost(self, result, found, target)) if return_convergence_delta else result
+
+
+class _Rules(Composite):
+    """Rules of modules, some of which, like dropout, take no step."""
+
+    def check(self, walk: Any) -> None:
+        """Nothing: the names are those of the model's own modules."""
 
 
 def _relevance(self: Any, layer: Any, inputs: Any, target: Any, additional: Any) -> Found:
     rules: dict[str, Any] = {}
     for name, module in self.model.named_modules(remove_duplicate=False):
+        if list(module.children()):  # Captum asks its leaves alone
+            continue
         rule = getattr(module, "rule", None)
-        if isinstance(rule, IdentityRule):
-            rules[name] = Pass()
-        elif rule is not None and type(rule) is EpsilonRule:
-            rules[name] = Epsilon(epsilon=rule.STABILITY_FACTOR)
-        elif rule is not None:
-            raise _NotCovered(f"module '{name}' has the rule {type(rule).__name__}")
-        elif self._strict and not list(module.children()):
+        if rule is not None:
+            rules[name] = _translated(name, module, rule)
+        elif self._strict:
             _check_known(module)
+    rules = {name: rule for name, rule in rules.items() if rule is not None}
     key = tuple(rules.items())
     kept = _state(self)
     if kept.get("rules") != key:
-        small = Epsilon(epsilon=1e-9)
-        composite = Composite(conv=small, linear=small, pool=Norm(1e-9), add=Norm(1e-9), norm=small, names=rules)
+        small = Epsilon(epsilon=_EPSILON)
+        norm = Norm(_EPSILON)
+        largest = MaxPool(epsilon=_EPSILON)
+        composite = _Rules(conv=small, linear=small, pool=norm, max_pool=largest, add=norm, norm=small, names=rules)
         kept |= {"rules": key, "composite": composite}
     options = {"composite": kept["composite"], "seed": "logit", "norms": "pass", "return_relevance": True}
     return _explain(self, "lrp", inputs, target, additional, layer, **options)
+
+
+def _translated(name: str, module: nn.Module, rule: Any) -> Any:
+    """fastcam's rule of a module with Captum's `rule`; None where Captum gives it none."""
+    if type(module) in _lrp.SUPPORTED_NON_LINEAR_LAYERS:
+        return None
+    kind, bias = type(rule), not getattr(rule, "set_bias_to_zero", False)
+    epsilon = float(rule.STABILITY_FACTOR)
+    if isinstance(module, _WEIGHTED):
+        if kind is EpsilonRule:
+            return Epsilon(epsilon=epsilon)
+        if kind is GammaRule:
+            return Raised(1.0, float(rule.gamma), bias=bias, epsilon=epsilon)
+        if kind is Alpha1_Beta0_Rule:
+            return Raised(0.0, 1.0, bias=bias, epsilon=epsilon)
+    elif kind is IdentityRule and isinstance(module, (*_NORMS, nn.Flatten, nn.Identity)):
+        return Pass()
+    elif kind is EpsilonRule or (kind in (GammaRule, Alpha1_Beta0_Rule) and not isinstance(module, _NORMS)):
+        if isinstance(module, _LARGEST):
+            return MaxPool(epsilon=epsilon)
+        if isinstance(module, (*_AVERAGES, _lrp.Addition_Module)):
+            return Norm(epsilon)
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            return Epsilon(epsilon=epsilon)
+    raise _NotCovered(f"module '{name}', a {type(module).__name__}, has the rule {kind.__name__}")
+
+
+_WEIGHTED = (nn.modules.conv._ConvNd, nn.Linear)
+_AVERAGES = (nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd)
+_LARGEST = (nn.modules.pooling._MaxPoolNd,)
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm, nn.GroupNorm)
 
 
 def _check_known(module: nn.Module) -> None:

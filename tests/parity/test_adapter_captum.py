@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore:Setting")]
 peer = pytest.importorskip("captum.attr", reason="needs captum, extra 'peers'")
 
 from captum import metrics  # noqa: E402
+from captum.attr._core import lrp  # noqa: E402
 from captum.attr._utils import lrp_rules  # noqa: E402
 
 from fastcam.adapters import captum as ours  # noqa: E402
@@ -104,15 +105,14 @@ def test_table(name, dtype, untouched):
         for cls, at, call in calls:
             with untouched(net, x, base):
                 got, want = both(net, cls, x[:n], at, target=target(n), **call)
-            # LRP adds 1e-9 to what a max-pool divides by, too
-            close(got, want, dtype, 1e-6 if "LRP" in cls else 1e-10)
+            close(got, want, dtype)
 
 
 def test_tuples_and_deltas():
     net, x = models.seeded(hidden).double(), images()
     for cls, layer in (("LRP", None), ("LayerLRP", "features.3"), ("DeepLift", None), ("LayerDeepLift", "features.3")):
         got, want = both(net, cls, x, layer, target=1, return_convergence_delta=True)
-        close(got[0], want[0], x.dtype, 1e-6)
+        close(got[0], want[0], x.dtype)
         torch.testing.assert_close(got[1], want[1].detach(), rtol=0, atol=1e-8)
     for cls in ("GuidedBackprop", "DeepLift", "LRP"):
         found = getattr(ours, cls)(net).attribute((x,), target=2)
@@ -156,6 +156,12 @@ def test_inside_captums_metrics():
         fidelity = metrics.infidelity(net, lambda i, n=noise: n((i,)), x, method.attribute(x, target=1), target=1)
         found.append((sensitivity, fidelity.detach()))
     close(*found, torch.float64)
+    for cls in ("GuidedBackprop", "LRP"):  # whose results come channels last from here, and there
+        found = []
+        for method in (getattr(ours, cls)(net), getattr(peer, cls)(copy.deepcopy(net))):
+            torch.manual_seed(5)
+            found.append(metrics.sensitivity_max(method.attribute, x, target=1, n_perturb_samples=2))
+        close(*found, torch.float64)
 
 
 def test_classes_and_capabilities():
@@ -186,18 +192,52 @@ def test_what_is_not_covered_runs_in_captum(cls, layer, call, why, caplog, untou
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
-def test_rules_of_modules(caplog, untouched):
-    net, x = models.seeded(hidden).double(), images()
-    net.features[0].rule = lrp_rules.EpsilonRule(0.5)
-    net.features[1].rule = lrp_rules.IdentityRule()
-    with untouched(net, x):
-        got = ours.LRP(net).attribute(x, target=1)
-    close(got, peer.LRP(copy.deepcopy(net)).attribute(x, target=1), x.dtype, 1e-6)
-    del net.features[1].rule
-    net.features[0].rule = lrp_rules.GammaRule()
+class Residual(nn.Module):
+    """Every kind of step that Captum has a rule for."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.relu = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU()
+        self.largest, self.second, self.drop = nn.MaxPool2d(2), nn.Conv2d(6, 6, 3, padding=1), nn.Dropout()
+        self.sum, self.mean, self.fc = lrp.Addition_Module(), nn.AdaptiveAvgPool2d(2), nn.Linear(24, 5)
+
+    def forward(self, x):
+        x = self.largest(self.relu(self.norm(self.first(x))))
+        return self.fc(self.mean(self.sum(self.drop(self.second(x)), x)).flatten(1))
+
+
+EPSILON, GAMMA, ALPHA, SAME = (
+    getattr(lrp_rules, f"{n}Rule") for n in ("Epsilon", "Gamma", "Alpha1_Beta0_", "Identity")
+)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [{},
+     {"first": GAMMA(), "second": GAMMA(0.5, set_bias_to_zero=True), "fc": EPSILON(0.1)},
+     {"first": ALPHA(), "second": ALPHA(set_bias_to_zero=True), "fc": ALPHA()},
+     {"norm": SAME(), "drop": SAME(), "relu": SAME(), "sum": EPSILON(0.2)},
+     {"norm": EPSILON(0.3), "drop": EPSILON(0.3), "largest": EPSILON(0.2), "mean": EPSILON(0.3), "sum": GAMMA()}],
+    ids=["none", "gamma", "alpha", "identity", "epsilon"],
+)  # fmt: skip
+def test_rules_of_modules(rules, caplog, untouched):
+    net, x = models.seeded(Residual).double(), images()
+    for name, rule in rules.items():
+        net.get_submodule(name).rule = rule
+    for cls, layer in (("LRP", None), ("LayerLRP", "second")):  # the layer lies beside a skip
+        with untouched(net, x), caplog.at_level(logging.WARNING, "fastcam"):
+            got, want = both(net, cls, x, layer, target=1)
+        close(got, want, x.dtype)
+    assert "own code" not in caplog.text
+
+
+@pytest.mark.parametrize(("name", "rule"), [("second", SAME()), ("norm", GAMMA())], ids=["identity", "norm"])
+def test_rules_that_captum_computes(name, rule, caplog):
+    net, x = models.seeded(Residual).double(), images()
+    net.get_submodule(name).rule = rule
     with caplog.at_level(logging.WARNING, "fastcam"):
-        got, want = both(copy.deepcopy(net), "LRP", x, target=1)
-    assert "rule GammaRule" in caplog.text
+        got, want = both(net, "LRP", x, target=1)
+    assert f"module '{name}'" in caplog.text
     torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
