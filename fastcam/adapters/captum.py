@@ -24,6 +24,7 @@ from fastcam.program.capture import CaptureError
 from fastcam.program.layers import UnfitLayer
 from fastcam.program.relevance import Composite, Epsilon, MaxPool, Norm, Pass, Raised
 from fastcam.program.rescale import UnsupportedOpError
+from fastcam.program.state import forward_hooked
 from fastcam.program.targets import TargetSpec
 
 from ._peer import Handover, fallback, needing, untouched
@@ -107,6 +108,9 @@ def _explain(
         raise _NotCovered("there are several inputs")
     if not (isinstance(images, Tensor) and images.is_floating_point() and 3 <= images.ndim <= 5):
         raise _NotCovered("the input is not a batch of images (B, C, *spatial)")
+    hooked = None if method == "grad_cam" else forward_hooked(model)
+    if hooked is not None:  # the user's hooks run once, in Captum's pass
+        raise _NotCovered(f"module '{hooked}' has forward hooks")
     key = (id(model), method, id(layer), {k: v for k, v in options.items() if k != "reference"})
     kept = _state(self)
     if kept.get("key") != key or "reference" in options:

@@ -7,15 +7,15 @@
 
 The composite is Zennit's own, with its layer maps, name maps and canonizers; it is translated rule by rule and never
 registered to the model. What has no translation (a hook of the user's, a rule on a container, parameters held at zero
-other than biases) and networks fastcam cannot capture are left to Zennit, with one log line. Results carry no gradient.
-Full hook emulation (relevance as the gradient of any tensor, `create_graph`, `inactive()`) is out of scope.
+other than biases) and networks fastcam cannot capture are left to Zennit, with one log line. Results carry no gradient;
+with `create_graph` or `retain_graph` everything is Zennit's own, and they do.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from fastcam.program.capture import CaptureError
 from fastcam.program.nodes import Node, op_name
 from fastcam.program.relevance.walk import RelevanceWalk, Way, general_way
 from fastcam.program.rescale import UnsupportedOpError
-from fastcam.program.state import fingerprint
+from fastcam.program.state import fingerprint, forward_hooked
 
 from ._peer import Handover, fallback, needing, untouched
 
@@ -41,11 +41,6 @@ with needing("zennit"):
     from zennit.types import Activation, AvgPool, BatchNorm, Convolution, Linear
 
 __all__ = ["Gradient", "IntegratedGradients", "SmoothGrad", "translate"]
-
-_SCOPE = (
-    "full hook emulation (relevance as the gradient of any tensor, create_graph, inactive()) is out of scope; "
-    "use zennit.attribution for it"
-)
 
 
 class Untranslatable(ValueError):
@@ -202,7 +197,13 @@ class _Seed:
 
     def __call__(self, logits: Any) -> Any:
         self.seen = logits
-        return self.function(logits)
+        found = self.function(logits)
+        if isinstance(logits, Tensor) and not isinstance(found, Tensor):
+            raise TypeError(
+                f"attr_output must be a tensor in the output's shape {tuple(logits.shape)}, such as rows of torch.eye, "
+                f"or a function that makes one of the output; got {type(found).__name__}"
+            )
+        return found
 
 
 def _unused(output: Any) -> Tensor:
@@ -210,49 +211,66 @@ def _unused(output: Any) -> Tensor:
 
 
 class _Native:
-    """`grad` of Zennit's attributors by fastcam; the composite stays unregistered."""
+    """`grad` of Zennit's attributors by fastcam; the composite stays unregistered, unless a graph is asked for."""
 
     model: nn.Module
     composite: Any
     create_graph: bool
+    retain_graph: bool | None
+    _plain = False
 
     def __enter__(self) -> Any:
-        self._check()
-        return self
+        return super().__enter__() if self._graph else self  # type: ignore[misc]
 
-    def __exit__(self, *error: object) -> None:
-        return None
+    def __exit__(self, *error: Any) -> Any:
+        return super().__exit__(*error) if self._graph else False  # type: ignore[misc]
 
     def __call__(self, input: Tensor, attr_output: Any = None) -> tuple[Any, Tensor]:
-        self._check()
+        if self._graph:
+            return super().__call__(input, attr_output)  # type: ignore[misc]
         given = self.attr_output_fn if attr_output is None else attr_output  # type: ignore[attr-defined]
         function = given if callable(given) else lambda output: given
         return self.forward(input, function)  # type: ignore[attr-defined]
 
     @property
-    def inactive(self) -> Any:
-        raise ValueError(_SCOPE)
+    def _graph(self) -> bool:
+        """Whether results are to keep their graph, as only Zennit's do."""
+        return bool(self.create_graph or self.retain_graph)
 
-    def _check(self) -> None:
-        if self.create_graph:
-            raise ValueError(_SCOPE)
+    @property
+    def inactive(self) -> Any:
+        return super().inactive if self._graph else self._inactive  # type: ignore[misc]
+
+    @contextlib.contextmanager
+    def _inactive(self) -> Iterator[Any]:
+        before, self._plain = self._plain, True
+        try:
+            with self.composite.inactive() as composite:
+                yield composite
+        finally:
+            self._plain = before
 
     def grad(self, input: Tensor, attr_output_fn: Callable[[Any], Any]) -> tuple[Any, Tensor]:
         """Output and relevance of `input`, which stays as it is."""
+        if self._graph:
+            return super().grad(input, attr_output_fn)  # type: ignore[misc]
         images = input.detach()
         try:
             return self._by_fastcam(images, attr_output_fn)
         except (Untranslatable, UnsupportedOpError, CaptureError) as reason:
             self._hand_over(str(reason))
-        composite = self.composite if self.composite is not None else _Composite()
+        composite = _Composite() if self.composite is None or self._plain else self.composite
         registered = contextlib.nullcontext() if composite.handles else composite.context(self.model)
         with untouched(self.model), registered:
             output, found = super().grad(images.clone().requires_grad_(), attr_output_fn)  # type: ignore[misc]
         return torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, output), found.detach()
 
     def _by_fastcam(self, images: Tensor, attr_output_fn: Callable[[Any], Any]) -> tuple[Any, Tensor]:
-        if not 3 <= images.ndim <= 5:
-            raise Untranslatable(f"the input has {images.ndim} dimensions and is no batch of images")
+        if not 3 <= images.ndim <= 5 or len(images) == 0:
+            raise Untranslatable(f"the input of shape {tuple(images.shape)} is no batch of images")
+        hooked = forward_hooked(self.model)
+        if hooked is not None:  # the user's hooks run once, in Zennit's pass
+            raise Untranslatable(f"module '{hooked}' has forward hooks")
         explainer, seed = self._explainer()
         seed.function = attr_output_fn
         try:
@@ -265,12 +283,12 @@ class _Native:
 
     def _explainer(self) -> tuple[Explainer, _Seed]:
         """Made anew when the model's structure changes; a reason not to make one is kept too."""
-        key = fingerprint(self.model)
+        key = fingerprint(self.model), self._plain
         kept = vars(self).get("_fastcam")
         if kept is None or kept[0] != key:
             seed = _Seed()
             try:
-                composite, norms = translate(self.composite, self.model)
+                composite, norms = translate(None if self._plain else self.composite, self.model)
                 options: dict[str, Any] = {"composite": composite, "norms": norms, "seed": seed}
                 made: Any = (
                     Explainer(self.model, "lrp", size="layer", normalize=False, return_relevance=True, **options),
