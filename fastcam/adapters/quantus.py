@@ -7,7 +7,7 @@
     scores = metric(model, x_batch, y_batch, explain_func=explain, explain_func_kwargs=kwargs)
 
 `explain` serves every metric of Quantus, those that change the model's weights between calls included: weights are read
-at each call. Names that are not here are Quantus' own.
+at each call. Explanation methods of Quantus' own, by its names and arguments, and names that are not here are Quantus'.
 """
 
 from __future__ import annotations
@@ -21,14 +21,20 @@ import torch
 from torch import Tensor, nn
 
 from fastcam.explainer import attribute
+from fastcam.methods import methods
 
 from ._peer import fallback, needing
 
 with needing("quantus"):
     import quantus as _peer
     from quantus.functions.perturb_func import batch_baseline_replacement_by_indices
+    from quantus.helpers import constants as _constants
 
 __all__ = ["PixelFlipping", "explain"]
+
+_explain = _peer.explain  # also while `accelerate` has another in its place
+_QUANTUS_METHODS = {*_constants.AVAILABLE_XAI_METHODS_CAPTUM, *_constants.DEPRECATED_XAI_METHODS_CAPTUM}
+_QUANTUS_ARGUMENTS = ("xai_lib", "attributor")
 
 #: Perturbed images in one forward pass, and the numbers in them: what stays in a processor's cache.
 _ROWS, _NUMBERS = 256, 1 << 19
@@ -47,12 +53,17 @@ def explain(
 
     inputs   (N, C, *spatial), array or tensor, prepared as the model expects; converted to the model's dtype
     targets  N class indices, or one for all
-    method   any of `fastcam.methods()` that explains single images
+    method   any of `fastcam.methods()` that explains single images; Quantus' own ("Saliency", "LayerGradCam", ...), and
+             calls with its `xai_lib` or `attributor`, run in Quantus
     device   where to compute; None: where the model is. Quantus passes it on where its caller gave one
     options  of `fastcam.attribute` (`layer`, `normalize`, `mean`, `std`, ...) and of the method
 
     Errors and cost are `fastcam.attribute`'s; a float32 result, float64 of a float64 model.
     """
+    if method in _QUANTUS_METHODS or any(name in options for name in _QUANTUS_ARGUMENTS):
+        asked = {} if method not in _QUANTUS_METHODS else {"method": method}
+        found: np.ndarray = _explain(model, inputs, targets, device=device, **asked, **options)
+        return found
     parameter = next((p for p in model.parameters() if p.is_floating_point()), None)
     images = torch.as_tensor(inputs)
     images = images.to(
@@ -62,8 +73,20 @@ def explain(
     if not isinstance(targets, int):
         targets = torch.as_tensor(targets).reshape(-1).to(torch.int64)
         targets = targets.expand(len(images)) if len(targets) == 1 else targets
-    found = attribute(model, images, method, targets=targets, **options)
-    return found.maps.unsqueeze(1).cpu().numpy()
+    maps = attribute(model, images, method, targets=targets, **options).maps
+    return maps.unsqueeze(1).cpu().numpy()
+
+
+def _explain_by_name(
+    model: nn.Module, inputs: np.ndarray | Tensor, targets: np.ndarray | Tensor, **kwargs: Any
+) -> np.ndarray:
+    """What stands for `quantus.explain` while Quantus is accelerated: `explain` for fastcam's methods alone."""
+    if kwargs.get("method") not in methods():
+        own: np.ndarray = _explain(model, inputs, targets, **kwargs)
+        return own
+    for name in ("s_batch", "custom_batch"):  # SmoothMPRT passes on what no explanation reads
+        kwargs.pop(name, None)
+    return explain(model, inputs, targets, **kwargs)
 
 
 class PixelFlipping(_peer.PixelFlipping):
@@ -77,7 +100,7 @@ class PixelFlipping(_peer.PixelFlipping):
         self, model: Any, x_batch: np.ndarray, y_batch: np.ndarray, a_batch: np.ndarray, **kwargs: Any
     ) -> Any:
         base = _baseline(self.perturb_func, x_batch)
-        if base is None:
+        if base is None or np.ndim(y_batch) != 1:
             return super().evaluate_batch(model, x_batch, y_batch, a_batch, **kwargs)
         batch = len(x_batch)
         given = np.broadcast_to(a_batch, x_batch.shape).reshape(batch, -1)
@@ -115,9 +138,9 @@ def _baseline(function: Any, x_batch: np.ndarray) -> np.ndarray | None:
     return np.full(len(flat), value, dtype=x_batch.dtype) if isinstance(value, (int, float)) else None
 
 
-#: What `fastcam.adapters.accelerate("quantus")` replaces. Quantus' own `explain` makes objects of Captum's and Zennit's
+#: What `fastcam.adapters.accelerate("quantus")` replaces. Quantus' own methods make objects of Captum's and Zennit's
 #: classes, which have accelerations of their own.
-REPLACES: dict[Any, Any] = {_peer.PixelFlipping: PixelFlipping}
+REPLACES: dict[Any, Any] = {_peer.PixelFlipping: PixelFlipping, _explain: _explain_by_name}
 
 
 def __getattr__(name: str) -> Any:

@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 with contextlib.suppress(ImportError):  # the peer imports torchvision, which may need help beside a CPU-only torch
     models.torchvision_models()
 peer = pytest.importorskip("quantus", reason="needs quantus, extra 'peers'")
+zennit = pytest.importorskip("zennit", reason="needs zennit, extra 'peers'")
 
 from fastcam.adapters import quantus as ours  # noqa: E402
 
@@ -62,8 +63,22 @@ def test_forms_of_its_arguments():
     np.testing.assert_array_equal(one, ours.explain(net, x, np.array([2, 2, 2])))
     with pytest.raises(IndexError, match="99"):
         ours.explain(net, x, 99)
-    with pytest.raises(ValueError, match="there is no method 'Saliency'"):
-        ours.explain(net, x, y, method="Saliency")
+    with pytest.raises(ValueError, match="there is no method 'Salience'"):
+        ours.explain(net, x, y, method="Salience")
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{"method": "Saliency"},
+     {"method": "GradCam", "gc_layer": "model.features[1].conv", "interpolate": (12, 16)},
+     {"method": "IntegratedGradients", "reduce_axes": (), "softmax": True},
+     {"xai_lib": "zennit", "attributor": zennit.attribution.Gradient, "composite": "epsilon_plus"}],
+    ids=["saliency", "grad-cam", "integrated", "zennit"],
+)  # fmt: skip
+def test_its_own_methods_are_its_own(kwargs):
+    net, x, y = case()
+    want = peer.explain(copy.deepcopy(net), x, y, **kwargs)
+    np.testing.assert_array_equal(ours.explain(net, x, y, **kwargs), want)
 
 
 METRICS = {
@@ -141,9 +156,32 @@ def test_q1_areas_under_curves():
 
 
 def test_accelerate():
+    """Also what calls `quantus.explain` by itself, as SmoothMPRT does whatever explain function it is given."""
+    net, x, y = case()
+    own, saliency = peer.explain, peer.explain(net, x, y, method="Saliency")
     with fastcam.adapters.accelerate("quantus"):
         assert type(peer.PixelFlipping(disable_warnings=True)) is ours.PixelFlipping
+        np.testing.assert_array_equal(peer.explain(net, x, y, method="Saliency"), saliency)
+        maps = ours.explain(net, x, y, method="grad_cam")
+        np.testing.assert_array_equal(peer.explain(net, x, y, method="grad_cam"), maps)
+        np.testing.assert_array_equal(peer.explain(net, x, y), peer.explain(net, x, y, method="Gradient"))
+        kwargs = {"method": "grad_cam", "layer": "features"}
+        np.random.seed(0)
+        smooth = peer.SmoothMPRT(
+            nr_samples=1, layer_order="top_down", similarity_func=peer.correlation_spearman, disable_warnings=True
+        )
+        smooth = smooth(net, x, y, explain_func=peer.explain, explain_func_kwargs=kwargs, device="cpu")
+        np.random.seed(0)
+        plain = peer.MPRT(layer_order="top_down", similarity_func=peer.correlation_spearman, disable_warnings=True)
+        plain = plain(net, x, y, explain_func=peer.explain, explain_func_kwargs=kwargs, device="cpu")
+        for layer, scores in plain.items():  # one sample is without noise; ranks of equals turn with rounding
+            np.testing.assert_allclose(smooth[layer], scores, atol=1e-3)
+        sparse = {"sparse": peer.Sparseness(disable_warnings=True)}
+        methods = {"grad_cam": peer.explain, "Saliency": peer.explain}
+        found = peer.evaluate(sparse, methods, net, x, y, agg_func=np.mean, explain_func_kwargs={})
+        assert found["grad_cam"]["sparse"] != found["Saliency"]["sparse"]
     assert type(peer.PixelFlipping(disable_warnings=True)) is peer.PixelFlipping
+    assert peer.explain is own
 
 
 def test_accelerated_libraries_serve_quantus_own_explain():
