@@ -50,7 +50,8 @@ def export_program(
 
     Raises ExportError where the model cannot be captured or the method decides by numbers or by the number of images
     (those that perturb images in chunks); else as `fastcam.attribute`.
-    Cost: one attribution of `example`, and two traces (a few seconds for a ResNet-50).
+    Cost: one attribution of `example`, and about a hundredth of a second for each operator of the program: 5 s for
+    LIFT-CAM on ResNet-18, 3 minutes for Attribution Equilibrium on DenseNet-121 (14,000 operators).
     """
     settings: dict[str, Any] = {"layer": layer, "size": size, "normalize": normalize, "mean": mean, "std": std}
     if options.get("on_nonfinite") == "raise":

@@ -54,7 +54,9 @@ def columns(passage: Passage) -> list[Tensor]:
 
 def onehot(logits: Tensor, chosen: Tensor, value: Tensor | float = 1.0) -> Tensor:
     """`value` at the chosen class of each image, 0 elsewhere: (B, C)."""
-    values = torch.as_tensor(value, dtype=logits.dtype, device=logits.device).expand(logits.shape[0])
+    # A number expanded to one an image is more than AOTInductor can compile; a filled tensor is not.
+    count = logits.shape[0]
+    values = value.to(logits).expand(count) if isinstance(value, Tensor) else logits.new_full((count,), value)
     return torch.zeros_like(logits).scatter_(1, chosen.unsqueeze(1), values.unsqueeze(1))
 
 
