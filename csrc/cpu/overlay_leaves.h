@@ -62,7 +62,8 @@ struct Overlay {
   template <int BYTES>
   static FASTCAM_INLINE void body(const OverlayArgs<S, M>& a) {
     constexpr int N = kLanes<BYTES, S> < 4 ? 4 : kLanes<BYTES, S>;
-    const OverlayNumbers<A> numbers = a.numbers;  // which no store below can change
+    OverlayNumbers<A> numbers = a.numbers;  // which no store below can change; of pixels in 0..255
+    for (int c = 0; c < 3; ++c) numbers.scale[c] *= A(255), numbers.shift[c] *= A(255);
     A opacities[kChunk], colours[4 * kChunk];
     uint8_t bytes[3 * kChunk + 4 * N];
     for (int64_t first = 0; first < a.pixels; first += kChunk) {
@@ -108,10 +109,12 @@ struct Overlay {
   static FASTCAM_INLINE Vector<uint32_t, N> byte(const OverlayNumbers<A>& x, Vector<A, N> value, Vector<A, N> colour,
                                                  Vector<A, N> opacity) {
     using V = Vector<A, N>;
-    const V scaled = known(value * splat<N>(A(255) * x.scale[C]) + splat<N>(A(255) * x.shift[C]));
-    const V pixel = reinterpret_cast<V>(whole<N>(scaled)) - kUlpIsOne;
-    const auto mixed = whole<N>(pixel + opacity * (colour - pixel));
-    return __builtin_convertvector(mixed - bits_of<N>(0), Vector<uint32_t, N>);
+    const V scaled = value * splat<N>(x.scale[C]) + splat<N>(x.shift[C]);
+    const V positive = scaled > 0 ? scaled : V{};  // 0 for NaN
+    const V pixel = reinterpret_cast<V>(at_most_255<N>(positive)) - kUlpIsOne;
+    const auto bits = at_most_255<N>(pixel + opacity * (colour - pixel)), low = bits_of<N>(0);
+    const auto mixed = bits > low ? bits : low;
+    return __builtin_convertvector(mixed - low, Vector<uint32_t, N>);
   }
 
   static constexpr A kUlpIsOne = sizeof(A) == 8 ? A(0x1.8p52) : A(0x1.8p23);
@@ -122,13 +125,12 @@ struct Overlay {
     return reinterpret_cast<Vector<Integer, N>>(splat<N>(v + kUlpIsOne));
   }
 
-  // v to the nearest integer, within 0..255, as the last bits of v + kUlpIsOne. As integers these are compared in fewer
+  // v to the nearest integer, 255 at most, as the last bits of v + kUlpIsOne. As integers these are compared in fewer
   // instructions than floats, in the same order.
   template <int N>
-  static FASTCAM_INLINE Vector<Integer, N> whole(Vector<A, N> v) {
-    const auto bits = reinterpret_cast<Vector<Integer, N>>(v + kUlpIsOne), low = bits_of<N>(0), high = bits_of<N>(255);
-    const auto raised = bits > low ? bits : low;
-    return raised > high ? high : raised;
+  static FASTCAM_INLINE Vector<Integer, N> at_most_255(Vector<A, N> v) {
+    const auto bits = reinterpret_cast<Vector<Integer, N>>(v + kUlpIsOne), high = bits_of<N>(255);
+    return bits > high ? high : bits;
   }
 
   // Opacities of n pixels, and their colours, four numbers a pixel.

@@ -56,11 +56,12 @@ def _check(
     if first.dim() != 2:
         raise ValueError(f"{op}: first must be (B,D), got {first.dim()} dimensions: {tuple(first.shape)}")
     _checks.check_dtype(op, "first", first)
-    if first.shape[1] == 0:
-        raise ValueError(f"{op}: first needs at least one channel, got (B,D) = {tuple(first.shape)}")
+    b, d = first.shape
+    if d == 0:
+        raise ValueError(f"{op}: first needs at least one channel, got (B,D) = {(b, d)}")
     _checks.check_companion(op, "second", second, first, or_accumulation=False, of="first")
-    batches = first.shape[:1] + second.shape[:1]
-    if second.shape[1:] != first.shape[1:] or (batches[0] != batches[1] and 1 not in batches):
+    shape = second.shape
+    if len(shape) != 2 or shape[1] != d or (shape[0] != b and 1 not in (b, shape[0])):
         raise ValueError(
             f"{op}: second must be {tuple(first.shape)} like the first, or one of the two have batch 1, "
             f"got {tuple(second.shape)}"
