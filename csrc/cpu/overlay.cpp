@@ -22,6 +22,7 @@ void compute(const Tensor& images, const Tensor& maps, const Tensor& table, cons
   all.interleaved = images.size(1) == 3 && is_channels_last(images);
   const Images from = as_images(images, all.interleaved);
   all.channel = images.size(1) == 1 ? 0 : from.row, all.table = table.const_data_ptr<A>(), all.numbers = numbers;
+  all.streamed = out.nbytes() >= kStreamed;
   const int64_t pixels = images.size(2) * images.size(3), targets = maps.dim() == 4 ? maps.size(1) : 1;
   const int64_t blocks = (pixels + kBlock - 1) / kBlock;
   const auto* values = static_cast<const M*>(maps.const_data_ptr());

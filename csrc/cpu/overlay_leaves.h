@@ -6,7 +6,7 @@
 // instruction a byte.
 #pragma once
 
-#include "cpu/leaf.h"
+#include "cpu/stream.h"
 #include "overlay_formulas.h"
 
 namespace fastcam::cpu {
@@ -18,7 +18,7 @@ struct OverlayArgs {
   const Accumulate<S>* table;  // (L,4), the fourth unused
   uint8_t* out;
   int64_t pixels, channel;
-  bool interleaved;
+  bool interleaved, streamed;
   OverlayNumbers<Accumulate<S>> numbers;
 };
 
@@ -64,6 +64,7 @@ struct Overlay {
     constexpr int N = kLanes<BYTES, S> < 4 ? 4 : kLanes<BYTES, S>;
     OverlayNumbers<A> numbers = a.numbers;  // which no store below can change; of pixels in 0..255
     for (int c = 0; c < 3; ++c) numbers.scale[c] *= A(255), numbers.shift[c] *= A(255);
+    const bool streamed = a.streamed && reinterpret_cast<uintptr_t>(a.out) % 16 == 0;
     A opacities[kChunk], colours[4 * kChunk];
     uint8_t bytes[3 * kChunk + 4 * N];
     for (int64_t first = 0; first < a.pixels; first += kChunk) {
@@ -73,8 +74,13 @@ struct Overlay {
       for (int64_t i = 0; i < n; i += N) {
         blend<N>(a, numbers, image, i, n - i, opacities + i, colours + 4 * i, bytes + 3 * i);
       }
-      std::memcpy(a.out + 3 * first, bytes, 3 * n);
+      if (streamed && n == kChunk) {
+        for (int i = 0; i < 3 * kChunk; i += 64) stream(a.out + 3 * first + i, load_raw<uint8_t, 64>(bytes + i));
+      } else {
+        std::memcpy(a.out + 3 * first, bytes, 3 * n);
+      }
     }
+    if (streamed) end_streaming();
   }
 
   // The first n of N values, or all, or none.

@@ -78,6 +78,15 @@ def test_maps_of_an_image_are_drawn_as_alone(backend):
             assert torch.equal(together[b, t], ops.overlay(images[b : b + 1], maps[b : b + 1, t], table)[0])
 
 
+def test_large_results_are_those_of_their_parts():
+    """Results of 16 MiB and more are stored past the caches where maps are aligned, as every other one here is."""
+    images, maps, table = overlay_arguments((1, 3, 201, 296), torch.float32, targets=95)
+    found = ops.overlay(images, maps, table, **IMAGENET)
+    assert found.nbytes >= 16 << 20
+    parts = [ops.overlay(images, part, table, **IMAGENET) for part in maps.split(24, 1)]
+    assert torch.equal(found, torch.cat(parts, 1))
+
+
 @pytest.mark.parametrize("shape", [(0, 5, 6), (2, 0, 5, 6)])
 def test_empty(backend, shape):
     found = ops.overlay(torch.zeros(shape[0], 3, 5, 6), torch.zeros(shape), torch.zeros(4, 3))
