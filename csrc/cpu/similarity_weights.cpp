@@ -31,7 +31,7 @@ void compute_rows(const Problem& x) {
   all.contributions = x.contributions.mutable_data_ptr<A>();
   all.weights = x.weights.mutable_data_ptr<A>(), all.total = x.total.mutable_data_ptr<A>();
   const int64_t first_step = row_step(x.first), second_step = row_step(x.second);
-  at::parallel_for(0, x.contributions.size(0), grain(4 * all.channels), [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, x.contributions.size(0), grain(2 * all.channels), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       SimilarityArgs<S> args = all;
       args.first += b * first_step, args.second += b * second_step;
