@@ -254,12 +254,14 @@ class _Native:
         """Output and relevance of `input`, which stays as it is."""
         if self._graph:
             return super().grad(input, attr_output_fn)  # type: ignore[misc]
-        images = input.detach()
-        try:
-            return self._by_fastcam(images, attr_output_fn)
-        except (Untranslatable, UnsupportedOpError, CaptureError) as reason:
-            self._hand_over(str(reason))
-        composite = _Composite() if self.composite is None or self._plain else self.composite
+        images, composite = input.detach(), self.composite
+        if composite is None or self._plain:  # a plain gradient, which nothing gives sooner than autograd
+            composite = _Composite()
+        else:
+            try:
+                return self._by_fastcam(images, attr_output_fn)
+            except (Untranslatable, UnsupportedOpError, CaptureError) as reason:
+                self._hand_over(str(reason))
         registered = contextlib.nullcontext() if composite.handles else composite.context(self.model)
         with untouched(self.model), registered:
             output, found = super().grad(images.clone().requires_grad_(), attr_output_fn)  # type: ignore[misc]
@@ -283,12 +285,12 @@ class _Native:
 
     def _explainer(self) -> tuple[Explainer, _Seed]:
         """Made anew when the model's structure changes; a reason not to make one is kept too."""
-        key = fingerprint(self.model), self._plain
+        key = fingerprint(self.model)
         kept = vars(self).get("_fastcam")
         if kept is None or kept[0] != key:
             seed = _Seed()
             try:
-                composite, norms = translate(None if self._plain else self.composite, self.model)
+                composite, norms = translate(self.composite, self.model)
                 options: dict[str, Any] = {"composite": composite, "norms": norms, "seed": seed}
                 made: Any = (
                     Explainer(self.model, "lrp", size="layer", normalize=False, return_relevance=True, **options),
@@ -312,7 +314,7 @@ def _same(logits: Any, output: Any) -> bool:
 
 
 class Gradient(_Native, _peer.Gradient):
-    """Relevance of the output by the composite's rules; without a composite the gradient."""
+    """Relevance of the output by the composite's rules; without a composite the gradient, by Zennit's own code."""
 
 
 class SmoothGrad(_Native, _peer.SmoothGrad):

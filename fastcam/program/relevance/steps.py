@@ -249,8 +249,10 @@ def activation(step: StepView, rule: Rule, given: list[Any]) -> Given:
         return passed(step, rule, given)
     x = step.get(step.source)
     if isinstance(rule, Rectified) and op_name(step.node.target) == "relu":
-        keep = (lambda r: torch.where(x > 0, r, 0).clamp_(min=0)) if rule.mask else (lambda r: r.clamp(min=0))
-        return {step.source: [Relevance(keep(one.tensor())) for one in given]}
+        kept = [one.tensor().clamp(min=0) for one in given]
+        if rule.mask:
+            kept = [torch.ops.aten.threshold_backward(r, x.to(r.dtype), 0) for r in kept]
+        return {step.source: [Relevance(r) for r in kept]}
     return derivative(step, rule, given)
 
 
@@ -259,6 +261,8 @@ def norm(step: StepView, rule: Rule, given: list[Any]) -> Given:
     given = [Relevance(one[0]) if isinstance(one, dict) else one for one in given]
     if isinstance(rule, Pass):
         return passed(step, rule, given)
+    if isinstance(rule, Gradient) and op_name(step.node.target) == "batch_norm":
+        return moved(step, rule, given)
     if isinstance(rule, Epsilon) and op_name(step.node.target) == "batch_norm":
         x, result = step.get(step.source), step.run(step.get)
         found = []

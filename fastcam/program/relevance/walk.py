@@ -350,7 +350,8 @@ def general_way(node: Node, active: frozenset[int], rules: Mapping[str, Rule]) -
         rule = rules["norm"]
         if name == "batch_norm" and node.args[5] is not False:
             raise unsupported(node, "a norm by the batch's own statistics")
-        return bound(steps.norm, rule, inputs=not isinstance(rule, Pass))
+        moves = name == "batch_norm" and isinstance(rule, Gradient)  # affine: its derivative reads no values
+        return bound(steps.norm, rule, inputs=not moves and not isinstance(rule, Pass))
     if isinstance(rules["activation"], Gradient) and isinstance(rules["add"], Gradient):
         return bound(steps.derivative, Gradient())
     raise unsupported(node)
