@@ -292,7 +292,7 @@ class Explainer(Network):
         valid = finite if finite.ndim == 1 else finite.all(dim=1)
         output = passed.output
         if isinstance(output, torch.Tensor) and output.is_floating_point() and output.shape[:1] == valid.shape:
-            valid = valid & output.isfinite().flatten(1).all(dim=1)
+            valid = valid & output.isfinite().unsqueeze(-1).flatten(1).all(dim=1)
         # A convolution that ends in ReLU makes zeros of NaN, so what comes out does not tell.
         valid = valid & images.isfinite().flatten(1).all(dim=1)
         if targets.valid is not None:

@@ -102,7 +102,7 @@ def totals(seeds: list[Any]) -> list[Tensor]:
     found = []
     for seed in seeds:
         parts = seed if isinstance(seed, list) else [seed]
-        found.append(sum(part.flatten(1).sum(1) for part in parts if part is not None))
+        found.append(sum(part.unsqueeze(-1).flatten(1).sum(1) for part in parts if part is not None))
     return found
 
 

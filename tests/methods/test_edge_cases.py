@@ -415,3 +415,22 @@ def test_pixels_that_are_not_finite_are_told_though_a_convolution_drops_them(met
     assert masked.valid.tolist() == [True, False, True]
     assert not masked.maps[1].any()
     assert masked.maps[0].any()
+
+
+class Regression(nn.Module):
+    def __init__(self, scores: nn.Module):
+        super().__init__()
+        self.scores = scores
+
+    def forward(self, x):
+        return self.scores(x)[:, 1]
+
+
+@pytest.mark.parametrize("method", ["lift_cam", "lrp"])
+def test_one_score_an_image(method):
+    """Outputs (B,) are explained as the class they are taken from."""
+    net, x = models.vgg_like().double(), torch.randn(2, 3, 12, 12, dtype=torch.float64)
+    options = {"seed": "logit"} if method == "lrp" else {}
+    wanted = fastcam.attribute(net, x, method, targets=1, **options).maps
+    found = fastcam.attribute(Regression(net).eval(), x, method, targets=lambda output: output, **options).maps
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-10)

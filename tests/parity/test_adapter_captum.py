@@ -122,13 +122,26 @@ def test_tuples_and_deltas():
     close(raw, peer.DeepLift(copy.deepcopy(net), multiply_by_inputs=False).attribute(x, target=1), x.dtype)
 
 
+class Alone(nn.Module):
+    """One score an image, (B,)."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x).squeeze(1)
+
+
 def test_scores_without_a_target():
     net = nn.Sequential(models.seeded(hidden), nn.Linear(5, 1)).double()
     with torch.no_grad():
         torch.manual_seed(3)
         net[1].weight.normal_()
-    got, want = both(net, "GuidedBackprop", images())
-    close(got, want, torch.float64)
+    close(*both(net, "GuidedBackprop", images()), torch.float64)
+    alone = Alone(net).eval()
+    for cls, layer in (("LayerGradCam", "net.0.features.3"), ("DeepLift", None), ("LRP", None)):
+        close(*both(alone, cls, images(), layer), torch.float64)
     with pytest.raises(AssertionError, match="Target not provided when necessary"):
         ours.GuidedBackprop(net[0]).attribute(images())
 
