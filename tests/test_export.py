@@ -114,9 +114,10 @@ def test_volumes():
     """Whose maps are resized in three dimensions."""
     model = pooled(3)
     clips = torch.randn(3, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    program = fastcam.export_program(model, "grad_cam", clips[:2])
-    expected = fastcam.attribute(model, clips, "grad_cam").maps
-    torch.testing.assert_close(program.module()(clips)[1], expected, rtol=0, atol=2e-6)
+    for method in ("grad_cam", "full_grad"):
+        program = fastcam.export_program(model, method, clips[:2])
+        expected = fastcam.attribute(model, clips, method).maps
+        torch.testing.assert_close(program.module()(clips)[1], expected, rtol=0, atol=2e-6)
 
 
 def test_what_cannot_be_explained_is_masked():

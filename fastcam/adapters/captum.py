@@ -336,10 +336,11 @@ def _relevance(self: Any, layer: Any, inputs: Any, target: Any, additional: Any)
             continue
         rule = getattr(module, "rule", None)
         if rule is not None:
-            rules[name] = _translated(name, module, rule)
+            translated = _translated(name, module, rule)
+            if translated is not None:
+                rules[name] = translated
         elif self._strict:
             _check_known(module)
-    rules = {name: rule for name, rule in rules.items() if rule is not None}
     key = tuple(rules.items())
     kept = _state(self)
     if kept.get("rules") != key:

@@ -160,6 +160,7 @@ def _portions(x: Tensor, r: Tensor) -> list[slice]:
 
 
 def _images(x: Tensor, some: slice) -> Tensor:
+    """x[some]; of all images x itself, for a view is one operator more in an exported program."""
     return x if some == slice(None) else x[some]
 
 
