@@ -157,7 +157,8 @@ class GuidedOptions(RelevanceOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._walked_by(named(self.composite), folded=False)
+        # Folding changes no derivative but those at the convolutions folded into, which `layers` may name.
+        self._walked_by(named(self.composite), folded=not self.layers)
 
 
 @dataclass(frozen=True)

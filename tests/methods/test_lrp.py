@@ -325,7 +325,13 @@ def test_rap_totals_are_the_logits():
 
 
 def test_guided_backprop_and_deconvnet_by_hand():
-    model = vgg_like().double()
+    def build():
+        stem, norm = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6)
+        norm.running_mean, norm.running_var = torch.randn(6), torch.rand(6) + 0.2
+        return nn.Sequential(stem, norm, nn.ReLU(), nn.MaxPool2d(3, 2), nn.Conv2d(6, 8, 3), nn.ReLU(), nn.Flatten(1),
+                             nn.Linear(8 * 12 * 12, 5))  # fmt: skip
+
+    model = seeded(build).double()
     for method, mask in (("guided_backprop", True), ("deconvnet", False)):
 
         class Rule(torch.autograd.Function):
@@ -343,16 +349,22 @@ def test_guided_backprop_and_deconvnet_by_hand():
             def forward(self, x, rule=Rule):
                 return rule.apply(x)
 
-        twin = vgg_like().double()
+        twin = seeded(build).double()
         for parent in list(twin.modules()):
             for name, child in parent.named_children():
                 if isinstance(child, nn.ReLU):
                     setattr(parent, name, Swapped())
         assert any(isinstance(m, Swapped) for m in twin.modules())
         leaf = IMAGES.clone().requires_grad_()
-        (want,) = torch.autograd.grad(twin(leaf)[range(3), TARGETS].sum(), leaf)
-        got = fastcam.attribute(model, IMAGES, method, targets=TARGETS, normalize=False, return_relevance=True)
+        before_norm = twin[0](leaf)
+        want, inside = torch.autograd.grad(twin[1:](before_norm)[range(3), TARGETS].sum(), [leaf, before_norm])
+        options = {"targets": TARGETS, "normalize": False, "return_relevance": True}
+        got = fastcam.attribute(model, IMAGES, method, **options)
         torch.testing.assert_close(got.extra["relevance"], want, rtol=1e-9, atol=1e-12)
+        at_layer = fastcam.attribute(model, IMAGES, method, layer="0", **options)
+        torch.testing.assert_close(at_layer.extra["relevance"], inside, rtol=1e-9, atol=1e-12)
+        beside = fastcam.attribute(model, IMAGES, method, layers=["0"], **options)
+        torch.testing.assert_close(beside.extra["layers"]["0"], inside, rtol=1e-9, atol=1e-12)
 
 
 class Odd(nn.Module):

@@ -37,6 +37,7 @@ __all__ = [
     "passed",
     "product",
     "pulled_back",
+    "rectified",
     "summed",
 ]
 
@@ -247,13 +248,17 @@ def activation(step: StepView, rule: Rule, given: list[Any]) -> Given:
     """Functions of one tensor."""
     if isinstance(rule, Pass):
         return passed(step, rule, given)
-    x = step.get(step.source)
-    if isinstance(rule, Rectified) and op_name(step.node.target) == "relu":
-        kept = [one.tensor().clamp(min=0) for one in given]
-        if rule.mask:
-            kept = [torch.ops.aten.threshold_backward(r, x.to(r.dtype), 0) for r in kept]
-        return {step.source: [Relevance(r) for r in kept]}
     return derivative(step, rule, given)
+
+
+def rectified(step: StepView, rule: Rule, given: list[Any]) -> Given:
+    """ReLUs under the rule Rectified, by their result: positive where x is, and made inside a packed convolution."""
+    assert isinstance(rule, Rectified)
+    kept = [one.tensor().clamp(min=0) for one in given]
+    if rule.mask:
+        result = step.get(step.node.index)
+        kept = [torch.ops.aten.threshold_backward(r, result.to(r.dtype), 0) for r in kept]
+    return {step.source: [Relevance(r) for r in kept]}
 
 
 def norm(step: StepView, rule: Rule, given: list[Any]) -> Given:

@@ -16,7 +16,7 @@ from ..rescale import UnsupportedOpError
 from . import steps
 from .layer import Geometry, Layer, ModifiedWeights, is_weighted, weight_and_bias
 from .messages import NoRule, Relevance, add
-from .rules import Epsilon, Gradient, Pass, Rule, Weighted
+from .rules import Epsilon, Gradient, Pass, Rectified, Rule, Weighted
 from .steps import Given, StepView
 
 __all__ = ["Composer", "Passed", "RelevanceWalk", "Way", "known", "nonnegative", "register_relevance_rule"]
@@ -329,6 +329,8 @@ def general_way(node: Node, active: frozenset[int], rules: Mapping[str, Rule]) -
         return bound(steps.moved, Pass(), inputs=False)
     if node.kind == "activation" or name in ACTIVATIONS or name in _ODD:
         rule = rules["activation"]
+        if isinstance(rule, Rectified) and name == "relu":
+            return Way(bound(steps.rectified, rule).take, inputs=False, output=rule.mask)
         return bound(steps.activation, rule, inputs=not isinstance(rule, Pass))
     if name.startswith(("max_pool", "adaptive_max_pool")) or name in ("amax", "fractional_max_pool2d"):
         return bound(steps.max_pool, rules["max_pool"])
