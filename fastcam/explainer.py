@@ -287,18 +287,22 @@ class Explainer(Network):
         targets: Targets,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Raise, or mask and flag, where a map is not finite."""
+        output = passed.output
+        on_cpu = maps.device.type == "cpu" and not tracing()
+        behaviour = self.options.on_nonfinite or ("raise" if on_cpu else "mask")
+        if on_cpu and targets.valid is None and all(map(_surely_finite, (output, images))) and bool(finite.all()):
+            low, high = raw.aminmax()
+            if math.isfinite(high - low):
+                return maps, raw, finite if finite.ndim == 1 else finite.all(dim=1)
         # A range beyond the largest float would make NaN of finite maps.
         finite = finite & (raw.flatten(finite.ndim).amax(-1) - raw.flatten(finite.ndim).amin(-1)).isfinite()
         valid = finite if finite.ndim == 1 else finite.all(dim=1)
-        output = passed.output
         if isinstance(output, torch.Tensor) and output.is_floating_point() and output.shape[:1] == valid.shape:
             valid = valid & output.isfinite().unsqueeze(-1).flatten(1).all(dim=1)
         # A convolution that ends in ReLU makes zeros of NaN, so what comes out does not tell.
         valid = valid & images.isfinite().flatten(1).all(dim=1)
         if targets.valid is not None:
             valid = valid & targets.valid
-        raising = maps.device.type == "cpu" and not tracing()
-        behaviour = self.options.on_nonfinite or ("raise" if raising else "mask")
         if behaviour == "raise":
             if targets.valid is not None and not bool(targets.valid.all()):
                 raise IndexError(f"a target of image {int((~targets.valid).nonzero()[0])} is out of range")
@@ -332,6 +336,11 @@ class Explainer(Network):
             valid=one.valid[:0],
             extra=torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: t[:0] if t.ndim else t, one.extra),
         )
+
+
+def _surely_finite(value: Any) -> bool:
+    """Whether all numbers of a tensor are finite; maybe False where they are but large."""
+    return not isinstance(value, torch.Tensor) or not value.is_floating_point() or math.isfinite(value.sum())
 
 
 def _given(images: torch.Tensor, targets: TargetSpec) -> tuple[torch.Tensor, ...]:

@@ -239,4 +239,6 @@ def score_slopes(
 
 def detached(value: Any) -> Any:
     """`value` with every tensor in it detached."""
+    if isinstance(value, Tensor):
+        return value.detach()
     return torch.utils._pytree.tree_map_only(torch.Tensor, torch.Tensor.detach, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import threading
 import weakref
@@ -12,13 +13,23 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-__all__ = ["evaluating", "exclusive", "fingerprint", "forward_hooked", "keeping_buffers", "neutral_modes", "unwrap"]
+__all__ = [
+    "evaluating",
+    "exclusive",
+    "fingerprint",
+    "forward_hooked",
+    "keeping_buffers",
+    "modules_of",
+    "neutral_modes",
+    "unwrap",
+]
 
 #: Held while a model is traced, run through a hook, or has its flags set: other threads would see it half changed, and
 #: torch.export swaps the parameters of what it traces for stand-ins, which two traces at a time would lose.
 exclusive = threading.RLock()
 
-_SCALARS = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
+_PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
+_SCALARS = frozenset(_PLAIN)
 _BOOKKEEPING = frozenset(vars(nn.Module()))
 
 
@@ -67,12 +78,21 @@ def keeping_buffers(model: nn.Module) -> Iterator[None]:
                         buffer.copy_(content)
 
 
-@contextlib.contextmanager
-def neutral_modes() -> Iterator[None]:
+_DEVICES = ("cpu", "cuda")
+
+
+def neutral_modes() -> contextlib.AbstractContextManager[None]:
     """No autograd graph is recorded inside, the tensors made are ordinary ones even under `inference_mode`, and of what
     dtype is the explainer's business, not `autocast`'s."""
+    if torch.is_inference_mode_enabled() or any(map(torch.is_autocast_enabled, _DEVICES)):
+        return _neutralised()
+    return torch.no_grad()
+
+
+@contextlib.contextmanager
+def _neutralised() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad(), contextlib.ExitStack() as plain:
-        for device in ("cpu", "cuda"):
+        for device in _DEVICES:
             if torch.is_autocast_enabled(device):
                 plain.enter_context(torch.autocast(device, enabled=False))
         yield
@@ -86,6 +106,17 @@ def forward_hooked(model: nn.Module) -> str | None:
     return None
 
 
+def modules_of(model: nn.Module) -> list[nn.Module]:
+    """As `model.modules()`, in another order and in a fraction of the time: every explanation looks at all of them."""
+    found, seen = [model], {id(model)}
+    for module in found:
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                found.append(child)
+    return found
+
+
 def fingerprint(model: nn.Module) -> int:
     """A hash that changes when the computation the model describes changes: its modules, their settings, replaced
     methods, and which parameters exist; not the parameters' values.
@@ -94,34 +125,45 @@ def fingerprint(model: nn.Module) -> int:
     a module's attributes. A setting hidden in another object (a dict, a user's config class) is not seen.
     """
     found: list[Any] = []
-    for name, module in model.named_modules():
-        _describe(name, module, found)
+    for module in modules_of(model):
+        _describe(module, found)
     return hash(tuple(found))
 
 
-_tokens: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_tokens: dict[int, tuple[weakref.ref[nn.Module], int]] = {}
 _counter = itertools.count()
 
 
 def _token(module: nn.Module) -> int:
     """A number no other module ever has; `id` is given again once a module is gone."""
-    found = _tokens.get(module)
-    if found is None:
-        found = _tokens[module] = next(_counter)
-    return found
+    known = _tokens.get(id(module))
+    if known is None or known[0]() is not module:
+        forget = functools.partial(_forget, id(module))
+        known = _tokens[id(module)] = (weakref.ref(module, forget), next(_counter))
+    return known[1]
 
 
-def _describe(name: str, module: nn.Module, found: list[Any]) -> None:
+def _forget(identity: int, reference: weakref.ref[nn.Module]) -> None:
+    known = _tokens.get(identity)
+    if known is not None and known[0] is reference:
+        del _tokens[identity]
+
+
+def _describe(module: nn.Module, found: list[Any]) -> None:
     """Adds what counts of one module; at every explanation of every module, so it makes little on the way."""
-    found += (name, _token(module), type(module), bool(module._forward_hooks or module._forward_pre_hooks))
-    for key, value in vars(module).items():
+    found += (_token(module), type(module), bool(module._forward_hooks or module._forward_pre_hooks))
+    for key, value in module.__dict__.items():
         if key in _BOOKKEEPING:
             continue
-        if isinstance(value, _SCALARS):
+        if type(value) in _SCALARS:
             found += (key, value)
         elif isinstance(value, (tuple, list)):
-            found += (key, tuple([v if isinstance(v, _SCALARS) else id(v) for v in value]))
+            found += (key, tuple([v if type(v) in _SCALARS else id(v) for v in value]))
         elif callable(value) or isinstance(value, torch.Tensor):
             found += (key, id(value))
+        elif isinstance(value, _PLAIN):  # of a class of the user's
+            found += (key, value)
     for key, parameter in module._parameters.items():
         found += (key, parameter is None)
+    for key, child in module._modules.items():
+        found += (key, None if child is None else _token(child))

@@ -131,19 +131,20 @@ def _as_indices(
     if isinstance(targets, int):
         if not 0 <= targets < classes:
             raise IndexError(f"target {targets} is out of range: the model's classes are 0 to {classes - 1}")
-        indices = torch.full((batch,), targets, dtype=torch.int64)
-    else:
-        try:
-            # NumPy arrays may be read-only, which a tensor cannot be.
-            indices = torch.as_tensor(targets.copy() if isinstance(targets, np.ndarray) else targets)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"targets must hold integers, the same number for each image: {error}") from None
-        if indices.numel() == 0 and indices.ndim <= 1:
-            indices = indices.reshape(0).to(torch.int64)
-        if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
-            raise TypeError(f"targets must hold integers, got {indices.dtype}")
-        if indices.ndim == 0:
-            indices = indices.expand(batch)
+        return torch.full((batch,), targets, dtype=torch.int64, device=device), None
+    if type(targets) is list and len(targets) == batch and all(type(t) is int and 0 <= t < classes for t in targets):
+        return torch.tensor(targets, dtype=torch.int64, device=device), None
+    try:
+        # NumPy arrays may be read-only, which a tensor cannot be.
+        indices = torch.as_tensor(targets.copy() if isinstance(targets, np.ndarray) else targets)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"targets must hold integers, the same number for each image: {error}") from None
+    if indices.numel() == 0 and indices.ndim <= 1:
+        indices = indices.reshape(0).to(torch.int64)
+    if indices.dtype.is_floating_point or indices.dtype.is_complex or indices.dtype == torch.bool:
+        raise TypeError(f"targets must hold integers, got {indices.dtype}")
+    if indices.ndim == 0:
+        indices = indices.expand(batch)
     check_count(indices, batch)
     if indices.ndim == 2 and indices.shape[1] == 0:
         raise ValueError(f"targets of shape {tuple(indices.shape)} name no class for any image")
