@@ -1,4 +1,4 @@
-// fastcam._C: facts about this build and hashes of weights. The ops themselves are registered with the dispatcher, not
+// fastcam._C: facts about this build, hashes of weights and outlines of models. The ops themselves are registered with the dispatcher, not
 // bound here.
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -14,6 +14,7 @@
 #include "cpu/fingerprint.h"
 #include "cpu/leaf.h"
 #include "cpu/result_memory.h"
+#include "modules.h"
 
 namespace py = pybind11;
 using fastcam::cpu::Isa;
@@ -102,4 +103,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("result_pool", &result_pool, "Limit of the memory kept for large results, and what of it is idle, in bytes.");
   m.def("fingerprints", &fastcam::cpu::fingerprints, py::call_guard<py::gil_scoped_release>(),
         "64-bit hashes of the bytes at each (address, length), which the caller keeps alive.");
+  m.def("outline", &fastcam::outline, "(fingerprint, whether any module is in train mode) of a model, or None.");
 }

@@ -20,7 +20,7 @@ from fastcam.program.forward import Backward, Needs, Session
 from fastcam.program.hooks import check_batched, check_channels, hook_session
 from fastcam.program.layers import LayerNotInProgram, check_spatial, find_layer, layer_names, layer_of
 from fastcam.program.session import Bindings
-from fastcam.program.state import exclusive, modules_of, unwrap
+from fastcam.program.state import exclusive, training, unwrap
 
 __all__ = ["Network", "check_images", "nonfinite_message", "warn_if_training"]
 
@@ -208,7 +208,7 @@ def _check_match(images: torch.Tensor, parameter: torch.Tensor | None, precision
 
 
 def warn_if_training(model: nn.Module) -> None:
-    if any(module.training for module in modules_of(model)) and _first_time(model, "train mode"):
+    if training(model) and _first_time(model, "train mode"):
         warnings.warn(
             f"{type(model).__name__} is in train mode; it is explained as in evaluation mode and left as it is",
             stacklevel=3,
