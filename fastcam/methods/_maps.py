@@ -112,4 +112,6 @@ def min_max(maps: torch.Tensor, epsilon: float) -> torch.Tensor:
     positions = tuple(range(1, maps.ndim))
     low, high = maps.amin(positions, keepdim=True), maps.amax(positions, keepdim=True)
     span = high - low
+    if epsilon >= torch.finfo(span.dtype).tiny:
+        return (maps - low) / (span + epsilon)
     return torch.where(span == 0, 0, (maps - low) / torch.where(span == 0, 1, span + epsilon))

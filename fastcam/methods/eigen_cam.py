@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from fastcam._dtypes import accumulation_dtype
+from fastcam._tracing import tracing
 
 from ._method import CamOptions, Evidence, Method, Passage
 
@@ -99,13 +101,22 @@ def first_component(features: torch.Tensor, spatial_rank: int, center: bool) -> 
     return projection.unflatten(-1, spatial)
 
 
+#: Rows of all matrices together up to which LAPACK is quicker: twice at this number, thirty times at 4.
+_FEW = 128
+
+
 def _top_eigenpair(gram: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Largest eigenvalue (..., 1) and its unit eigenvector (..., n) of positive semi-definite matrices (..., n, n).
 
-    65536 steps of power iteration, most of them by squaring the matrix: products only, so that a batch runs like one
-    matrix and nothing waits on LAPACK's serial sweeps. Directions whose eigenvalue is below 0.9997 of the largest are
-    gone to 1e-7; closer ones are as good as equal in float32. A zero matrix gives a zero vector.
+    Of a few small ones on the CPU LAPACK's. Else 65536 steps of power iteration, most of them by squaring the matrix:
+    products only, so that a batch runs like one matrix and nothing waits on LAPACK's serial sweeps. Directions whose
+    eigenvalue is below 0.9997 of the largest are gone to 1e-7; closer ones are as good as equal in float32. A zero
+    matrix has the value zero.
     """
+    few = gram.device.type == "cpu" and not tracing() and math.prod(gram.shape[:-1]) <= _FEW
+    if few and math.isfinite(gram.diagonal(dim1=-2, dim2=-1).sum()):
+        values, vectors = torch.linalg.eigh(gram)
+        return values[..., -1:].clamp_min(0), vectors[..., -1]
     squarings = 16 if gram.shape[-1] <= 256 else 8
     tiny = torch.finfo(gram.dtype).tiny
     power = gram

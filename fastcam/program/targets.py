@@ -149,12 +149,11 @@ def _as_indices(
     if indices.ndim == 2 and indices.shape[1] == 0:
         raise ValueError(f"targets of shape {tuple(indices.shape)} name no class for any image")
     indices = indices.to(torch.int64)
-    wrong = (indices < 0) | (indices >= classes)
     if indices.device.type == "cpu" and not tracing():
-        if bool(wrong.any()):
-            raise IndexError(
-                f"target {int(indices[wrong][0])} is out of range: the model's classes are 0 to {classes - 1}"
-            )
+        for end in indices.aminmax() if indices.numel() else ():
+            if not 0 <= int(end) < classes:
+                raise IndexError(f"target {int(end)} is out of range: the model's classes are 0 to {classes - 1}")
         return indices.to(device), None
+    wrong = (indices < 0) | (indices >= classes)
     valid = ~(wrong if wrong.ndim == 1 else wrong.any(dim=1))
     return indices.clamp(0, max(classes - 1, 0)).to(device), valid.to(device)

@@ -166,6 +166,14 @@ def _copy(
     return {source.index: g.sum_to_size(shapes[source.index])} if found else {}
 
 
+def _reshaped(
+    node: Node, g: Tensor, active: frozenset[int], shapes: Mapping[int, torch.Size], get: Callable[[int], Any]
+) -> dict[int, Cotangent] | None:
+    """Another shape around the same numbers in the same order."""
+    source = _first(node, active)
+    return None if source is None else {source: g.reshape(shapes[source])}
+
+
 _WRITTEN_OUT: dict[str, Callable[..., dict[int, Cotangent] | None]] = {
     "conv1d": _convolution,
     "conv2d": _convolution,
@@ -177,4 +185,5 @@ _WRITTEN_OUT: dict[str, Callable[..., dict[int, Cotangent] | None]] = {
     "mul": _scaled,
     "div": _scaled,
     "copy": _copy,
+    **dict.fromkeys(("flatten", "reshape", "squeeze", "unflatten", "unsqueeze", "view"), _reshaped),
 }

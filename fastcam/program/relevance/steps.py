@@ -297,8 +297,18 @@ def derivative(step: StepView, rule: Rule, given: list[Any]) -> Given:
     return found
 
 
+#: Their derivative has an operator, which is quicker to call than autograd.
+_MAX_POOLS = (torch.ops.aten.max_pool2d.default, torch.ops.aten.max_pool2d_with_indices.default)
+
+
 def pulled_back(step: StepView, x: Tensor, given: list[Tensor]) -> list[Tensor]:
     """Relevance of the step's (first) result at x, which stands for what the step reads, by the derivative there."""
+    if step.node.target in _MAX_POOLS and not step.node.kwargs:
+        window = [*map_refs(step.node.args[1:], step.get)]
+        window += [None, (), 0, 1, False][len(window) :]  # kernel, stride, padding, dilation, whether to round up
+        places = torch.ops.aten.max_pool2d_with_indices(x, *window)[1]
+        back = torch.ops.aten.max_pool2d_with_indices_backward
+        return [back(r.to(x.dtype), x, *window, places) for r in given]
     with torch.enable_grad():
         leaf = x.detach().requires_grad_()
         result = step.run(lambda ref: leaf if ref == step.source else step.get(ref))
