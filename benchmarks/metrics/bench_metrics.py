@@ -95,6 +95,7 @@ def check_curves(model: nn.Module, images: Tensor, maps: Tensor, targets: list[i
 
 
 def road_rows(name: str, batch: int, options: Any) -> list[dict[str, Any]]:
+    torchvision_models()  # torchvision first, which the library imports too
     try:
         from pytorch_grad_cam.metrics.road import NoisyLinearImputer, ROADCombined
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputSoftmaxTarget

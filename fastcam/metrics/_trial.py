@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,9 @@ from fastcam._network import check_images, warn_if_training
 from fastcam.explainer import _check_pixels as pixels_of
 from fastcam.methods._perturb import check_count, check_seed
 from fastcam.methods._references import check_reference, reference_images
-from fastcam.program.state import evaluating, exclusive, keeping_buffers, neutral_modes
+from fastcam.program.capture import CaptureError, capture
+from fastcam.program.session import Bindings
+from fastcam.program.state import evaluating, exclusive, keeping_buffers, neutral_modes, unwrap
 from fastcam.program.targets import TargetSpec, class_scores, resolve_targets, scores_of
 
 __all__ = ["Output", "Trial", "baseline_images", "check_fractions", "pixels_of", "ranks_of", "running", "trial"]
@@ -34,6 +37,24 @@ def running(model: nn.Module) -> Iterator[None]:
     warn_if_training(model)
     with exclusive, neutral_modes(), keeping_buffers(model), evaluating(model):
         yield
+
+
+#: Passes of single images from which on it pays to fold the network, which takes as long as a few.
+_MANY = 8
+
+
+def _fastest(model: nn.Module, images: Tensor) -> Callable[[Tensor], Any]:
+    """The model, or where it can be captured its program with batch norms folded and weights packed: the same outputs
+    to rounding, in half to three quarters of the time."""
+    parameter = next(model.parameters(), None)
+    if unwrap(model) is not model or parameter is None or parameter.dtype != images.dtype:
+        return model
+    try:
+        program = capture(model, images)
+    except CaptureError:
+        return model
+    bindings = Bindings(model, None, channels_last=False, compiled=False)
+    return bindings.session(program, program.input, "input", images.dtype, fold=True).output
 
 
 class Trial:
@@ -113,6 +134,7 @@ class Trial:
         total = len(self.images)
         found = self.levels.new_empty((total, count))
         by_index = self._targets.indices is not None
+        model = self._fastest if total * count >= _MANY else self._model
         # A callable was written for whole batches of the user's, in their order.
         block = min(total, self._chunk) if by_index else total
         for first in range(0, total, max(1, block)):
@@ -124,8 +146,12 @@ class Trial:
                 steps = slice(step, min(step + span, count))
                 inputs = perturb(rows, steps).flatten(0, 1)
                 each = number.repeat_interleave(steps.stop - steps.start)
-                found[rows, steps] = read(self._model(inputs), each).unflatten(0, (size, -1)).to(found.dtype)
+                found[rows, steps] = read(model(inputs), each).unflatten(0, (size, -1)).to(found.dtype)
         return found
+
+    @cached_property
+    def _fastest(self) -> Callable[[Tensor], Any]:
+        return _fastest(self._model, self.images)
 
     def one(self, images: Tensor) -> Tensor:
         """(N,) levels of one other image for each, (N, C, *spatial)."""

@@ -159,3 +159,12 @@ def test_half_precision_and_channels_last(model, images, maps, targets):
     half = metrics.insertion_auc(model.bfloat16(), images.bfloat16(), maps, targets)
     torch.testing.assert_close(half, whole, rtol=0, atol=0.02)
     assert half.dtype == torch.float64
+
+
+def test_a_network_with_hooks_runs_itself(model, images, maps, targets):
+    folded, _ = metrics.insertion_deletion(model, images, maps, targets, steps=7)
+    passes = []
+    model.register_forward_pre_hook(lambda module, args: passes.append(len(args[0])))
+    hooked, _ = metrics.insertion_deletion(model, images, maps, targets, steps=7)
+    np.testing.assert_allclose(hooked.scores.numpy(), folded.scores.numpy(), rtol=1e-10)
+    assert sum(passes) >= len(images) * 2 * 6  # on every perturbed image
