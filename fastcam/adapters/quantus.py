@@ -13,7 +13,7 @@ at each call. Explanation methods of Quantus' own, by its names and arguments, a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from fastcam.explainer import attribute
 from fastcam.methods import methods
+from fastcam.program.session import fastest
 
 from ._peer import fallback, needing
 
@@ -29,6 +30,7 @@ with needing("quantus"):
     import quantus as _peer
     from quantus.functions.perturb_func import batch_baseline_replacement_by_indices
     from quantus.helpers import constants as _constants
+    from quantus.helpers.model.pytorch_model import PyTorchModel as _PyTorchModel
 
 __all__ = ["PixelFlipping", "explain"]
 
@@ -113,17 +115,38 @@ class PixelFlipping(_peer.PixelFlipping):
         fill = torch.from_numpy(base).to(x.dtype).reshape(batch, 1)
         scores = np.empty((steps, batch))
         together = max(1, min(_ROWS, _NUMBERS // features) // batch)
+        predict = _predicting(model, x_batch)
         for start in range(0, steps, together):
             at = torch.arange(start, min(start + together, steps)).reshape(-1, 1, 1)
             rows = torch.where(when <= at, fill, x).reshape(-1, *x_batch.shape[1:]).numpy()
             shaped = model.shape_input(rows, rows.shape, channel_first=True, batched=True)
-            found = model.predict(shaped).reshape(len(at), batch, -1)
+            found = predict(shaped).reshape(len(at), batch, -1)
             scores[start : start + len(at)] = found[:, np.arange(batch), y_batch]
         curves = scores.T
         if self.return_auc_per_sample:
             # Quantus' own call is of a function that NumPy has dropped.
             return torch.trapezoid(torch.from_numpy(curves), dim=1).tolist()
         return curves.tolist()
+
+
+def _predicting(model: Any, x_batch: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """`model.predict`, by the network's fastest run where that is plain: the network, perhaps with a softmax behind."""
+    network = model.model
+    plain = type(model) is _PyTorchModel and type(network).__module__.split(".")[0] != "transformers"
+    plain = plain and isinstance(network, nn.Module) and not network.training
+    whole = model.get_softmax_arg_model() if plain and not model.model_predict_kwargs else None
+    after = whole[1] if isinstance(whole, nn.Sequential) and whole is not network and len(whole) == 2 else None
+    if whole is None or not (whole is network or (isinstance(after, nn.Softmax) and whole[0] is network)):
+        return model.predict
+    one = model.shape_input(x_batch[:1], x_batch[:1].shape, channel_first=True, batched=True)
+    run = fastest(network, torch.Tensor(one).to(model.device))
+
+    @torch.no_grad()
+    def predict(rows: np.ndarray) -> np.ndarray:
+        found = run(torch.Tensor(rows).to(model.device))
+        return (found if after is None else after(found)).cpu().numpy()
+
+    return predict
 
 
 def _baseline(function: Any, x_batch: np.ndarray) -> np.ndarray | None:

@@ -16,9 +16,8 @@ from fastcam._network import check_images, warn_if_training
 from fastcam.explainer import _check_pixels as pixels_of
 from fastcam.methods._perturb import check_count, check_seed
 from fastcam.methods._references import check_reference, reference_images
-from fastcam.program.capture import CaptureError, capture
-from fastcam.program.session import Bindings
-from fastcam.program.state import evaluating, exclusive, keeping_buffers, neutral_modes, unwrap
+from fastcam.program.session import fastest
+from fastcam.program.state import evaluating, exclusive, keeping_buffers, neutral_modes
 from fastcam.program.targets import TargetSpec, class_scores, resolve_targets, scores_of
 
 __all__ = ["Output", "Trial", "baseline_images", "check_fractions", "pixels_of", "ranks_of", "running", "trial"]
@@ -41,20 +40,6 @@ def running(model: nn.Module) -> Iterator[None]:
 
 #: Passes of single images from which on it pays to fold the network, which takes as long as a few.
 _MANY = 8
-
-
-def _fastest(model: nn.Module, images: Tensor) -> Callable[[Tensor], Any]:
-    """The model, or where it can be captured its program with batch norms folded and weights packed: the same outputs
-    to rounding, in half to three quarters of the time."""
-    parameter = next(model.parameters(), None)
-    if unwrap(model) is not model or parameter is None or parameter.dtype != images.dtype:
-        return model
-    try:
-        program = capture(model, images)
-    except CaptureError:
-        return model
-    bindings = Bindings(model, None, channels_last=False, compiled=False)
-    return bindings.session(program, program.input, "input", images.dtype, fold=True).output
 
 
 class Trial:
@@ -151,7 +136,7 @@ class Trial:
 
     @cached_property
     def _fastest(self) -> Callable[[Tensor], Any]:
-        return _fastest(self._model, self.images)
+        return fastest(self._model, self.images)
 
     def one(self, images: Tensor) -> Tensor:
         """(N,) levels of one other image for each, (N, C, *spatial)."""

@@ -15,7 +15,7 @@ from fastcam._watch import stage
 
 from .affine import AffineHead
 from .biases import BiasedGraph, Visit
-from .capture import Program
+from .capture import CaptureError, Program, capture
 from .cut import Cut, cut
 from .execute import Weights
 from .forward import (
@@ -39,10 +39,10 @@ from .relevance import Passed, RelevanceWalk
 from .relevance import known as known_relevance
 from .rescale import known
 from .reveal_cancel import SignedWalk
-from .state import neutral_modes
+from .state import neutral_modes, unwrap
 from .targets import Targets, class_scores
 
-__all__ = ["Bindings", "Bound", "CapturedSession"]
+__all__ = ["Bindings", "Bound", "CapturedSession", "fastest"]
 
 #: Reference passes kept for one explainer and layer.
 _REFERENCES = 4
@@ -155,6 +155,20 @@ class Bindings:
             layout = self._channels_last or last
             self._kept[made] = Bound(made, self._model, own, precision, layout, self._compiled, wide)
         return self._kept[made]
+
+
+def fastest(model: nn.Module, images: Tensor) -> Callable[[Tensor], Any]:
+    """The model, or where it can be captured its program with batch norms folded and weights packed: the same outputs
+    to rounding, in half to three quarters of the time."""
+    parameter = next(model.parameters(), None)
+    if unwrap(model) is not model or parameter is None or parameter.dtype != images.dtype:
+        return model
+    try:
+        program = capture(model, images)
+    except CaptureError:
+        return model
+    bindings = Bindings(model, None, channels_last=False, compiled=False)
+    return bindings.session(program, program.input, "input", images.dtype, fold=True).output
 
 
 class CapturedSession(Session):
