@@ -652,6 +652,18 @@ def test_images_made_under_inference_mode(images):
         assert torch.equal(fastcam.attribute(model, images.clone(), layer="layer1", targets=0).maps, expected)
 
 
+def test_targets_made_under_inference_mode(images):
+    """As those that somebody's prediction found."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.Linear(16, 5)).eval()
+    with torch.inference_mode():
+        found = model(images).argmax(1)
+    explainer = fastcam.Explainer(model, "grad_cam", layer="0")
+    expected = explainer(images, found.tolist()).maps
+    assert expected.amax() == 1
+    assert torch.equal(explainer(images, found).maps, expected)
+
+
 def test_explainers_can_be_pickled_and_copied(model, images):
     explainer = fastcam.Explainer(model, "grad_cam", channels_last=True)
     expected = explainer(images).maps

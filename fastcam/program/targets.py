@@ -149,6 +149,9 @@ def _as_indices(
     if indices.ndim == 2 and indices.shape[1] == 0:
         raise ValueError(f"targets of shape {tuple(indices.shape)} name no class for any image")
     indices = indices.to(torch.int64)
+    if indices.is_inference():  # no gradient can be saved with it
+        with torch.inference_mode(False):
+            indices = indices.clone()
     if indices.device.type == "cpu" and not tracing():
         for end in indices.aminmax() if indices.numel() else ():
             if not 0 <= int(end) < classes:
