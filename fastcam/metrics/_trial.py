@@ -61,15 +61,17 @@ class Trial:
         self._targets = resolve_targets(targets, found, len(images))
         if self._targets.indices is not None:
             _check_columns(self._targets.indices, self.shape)
+            _check_rivals(class_scores(found), output)
             self._chosen = self._targets.indices.flatten()
         if several:
             images = images.repeat_interleave(several, 0)
             found = class_scores(found).repeat_interleave(several, 0)  # several targets are always indices
         self.images = images
-        self.maps = _resized(maps.flatten(0, len(self.shape) - 1), images)
+        maps = maps.flatten(0, len(self.shape) - 1)
+        self.maps = _resized(maps, images)
         rows = torch.arange(len(images), device=images.device)
         self.levels = self.level(found, rows)
-        self.valid = _finite(self.maps) & _finite(images) & self.levels.isfinite()
+        self.valid = _finite(maps) & _finite(self.maps) & _finite(images) & self.levels.isfinite()
         if self._targets.valid is not None:
             self.valid = self.valid & self._targets.valid.repeat_interleave(several or 1)
 
@@ -210,6 +212,14 @@ def _check_columns(indices: Tensor, shape: torch.Size) -> None:
         raise ValueError(
             f"targets of shape {tuple(indices.shape)} do not fit maps for {tuple(shape)} (images, targets): "
             "give each map its target"
+        )
+
+
+def _check_rivals(scores: Tensor, output: Output) -> None:
+    if output == "probability" and scores.shape[1] == 1:
+        raise ValueError(
+            "the model gives one score an image, whose softmax is 1 whatever the image shows: pass output='sigmoid', "
+            "or 'logit'"
         )
 
 

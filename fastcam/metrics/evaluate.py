@@ -106,8 +106,10 @@ def _most_relevant_first(model: Any, batch: Batch, settings: Settings) -> Found:
 
 
 def _localisation(_: Any, batch: Batch, settings: Settings) -> Found:
-    maps, masks = batch.maps, batch.masks
-    assert masks is not None
+    assert batch.masks is not None
+    if batch.images.ndim > 4 and settings.tolerance > 0:
+        raise ValueError("the pointing game's tolerance is a distance in pictures and signals; in volumes it must be 0")
+    maps, masks = _plane(batch.maps, batch), _plane(batch.masks, batch)
     return {
         "pointing_game": pointing_game(maps, masks, tolerance=settings.tolerance),
         "energy_pointing": energy_pointing(maps, masks),
@@ -118,7 +120,13 @@ def _localisation(_: Any, batch: Batch, settings: Settings) -> Found:
 
 
 def _sparsity(_: Any, batch: Batch, __: Settings) -> Found:
-    return {"sparsity": sparsity(batch.maps)}, {}
+    return {"sparsity": sparsity(_plane(batch.maps, batch))}, {}
+
+
+def _plane(values: Tensor, batch: Batch) -> Tensor:
+    """(..., *spatial) as (..., H, W), which these metrics take: signals and volumes are one row of positions."""
+    rank = batch.images.ndim - 2
+    return values if rank == 2 else values.flatten(-rank).unsqueeze(-2)
 
 
 class _Metric(NamedTuple):
@@ -189,12 +197,17 @@ class Evaluation:
                     "standard_error": float(whole.standard_error),
                     "low": low,
                     "high": high,
-                    "median": float(known.quantile(0.5, interpolation="lower")) if len(known) else math.nan,
+                    "median": _median(known) if len(known) else math.nan,
                     "n": int(whole.count),
                     "left_out": int(whole.left_out),
                 }
             )
         return found
+
+
+def _median(values: Tensor) -> float:
+    """Half way between the middle two, which may be infinite."""
+    return sum(float(values.quantile(0.5, interpolation=side)) for side in ("lower", "higher")) / 2
 
 
 def evaluate(
@@ -271,3 +284,8 @@ def _check_masks(chosen: Sequence[str], batch: Batch) -> None:
     asking = next((name for name in chosen if METRICS[name].needs == "masks"), None)
     if asking is not None and batch.masks is None:
         raise ValueError(f"metric '{asking}' compares maps with masks of the objects; the batch has none")
+    if asking is not None and batch.masks is not None and batch.masks.shape != batch.maps.shape:
+        raise ValueError(
+            f"masks of shape {tuple(batch.masks.shape)} do not fit maps of shape {tuple(batch.maps.shape)}: "
+            "expected one for each map, of its size"
+        )

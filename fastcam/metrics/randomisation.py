@@ -76,7 +76,7 @@ def cascading_randomisation(
         raise ValueError(f"init must be 'reset' or 'xavier'; got {init!r}")
     if not isinstance(method, str) and options:
         raise TypeError(f"{', '.join(options)} go with a method's name; a callable binds its own options")
-    with exclusive:
+    with exclusive, torch.inference_mode(False):  # or the twin's weights could take part in no gradient
         twin = copy.deepcopy(unwrap(model))
     layers = [(name, part) for name, part in twin.named_modules() if any(True for _ in part.parameters(recurse=False))]
     if not layers:
@@ -99,6 +99,7 @@ def _compared(explained: Any, images: Tensor, magnitude: bool) -> Tensor:
     return maps.abs() if magnitude else maps
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def _randomise(part: nn.Module, init: str) -> None:
     """New values for the module's own parameters, drawn on the CPU so that devices agree."""

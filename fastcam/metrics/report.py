@@ -27,8 +27,11 @@ def write(found: Evaluation, folder: str | Path) -> list[Path]:
     for suffix, text in (("json", as_json(found)), ("csv", as_csv(found)), ("md", as_markdown(found))):
         paths.append(folder / f"evaluation.{suffix}")
         paths[-1].write_text(text, encoding="utf-8")
+    picture = folder / "curves.png"
     if found.curves:
-        paths.append(draw_curves(found, folder / "curves.png"))
+        paths.append(draw_curves(found, picture))
+    else:
+        picture.unlink(missing_ok=True)  # an earlier evaluation's
     return paths
 
 

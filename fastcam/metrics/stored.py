@@ -26,6 +26,7 @@ class _Store(Protocol):
     """What is read of a `fastcam.jobs.Store`."""
 
     ids: Any
+    digests: Any
     status: Any
     targets: Any
 
@@ -52,16 +53,21 @@ def batches_of(
 ) -> Iterator[Batch]:
     """Batches for `evaluate` of the store's items that are done, at most `limit` of them, in order.
 
-    source   the images, by the ids the store has; of changed images the maps would be nonsense, so ids must fit
+    source   the images, by the ids the store has, with the contents that were explained
     prepare  of the job's pictures
     masks    a folder of PNG files named as the items (suffix aside), white where the object is: of the picture's size,
              then resized and cropped as the picture is, or else of the prepared one's; an item without one gets an
              empty mask, whose metrics are left out
 
-    Raises ValueError where an item of the store is not among the images, or it or its mask cannot be used.
+    Raises ValueError where no item is done, one is not among the images or has changed, or it or its mask cannot be
+    used.
     """
+    if masks is not None and not masks.is_dir():
+        raise ValueError(f"masks are PNG files in a folder; there is no folder {masks}")
     rows = {source.key(index): index for index in range(len(source))}
     done = [row for row in range(len(store.ids)) if int(store.status[row]) == _DONE][:limit]
+    if not done:
+        raise ValueError(f"none of the store's {len(store.ids)} items is done: there is nothing to evaluate")
     missing = next((str(store.ids[row]) for row in done if str(store.ids[row]) not in rows), None)
     if missing is not None:
         raise ValueError(f"item {missing!r} of the store is not among the images; pass those the job was run on")
@@ -69,7 +75,7 @@ def batches_of(
     for start in range(0, len(done), batch_size):
         part = done[start : start + batch_size]
         names = [str(store.ids[row]) for row in part]
-        pictures = [_read(source, rows[name], name) for name in names]
+        pictures = [_read(source, rows[name], name, store.digests[row]) for name, row in zip(names, part, strict=True)]
         images = torch.stack([prepare(picture) for picture in pictures])
         maps = torch.stack([store.map(row, "input") for row in part])
         targets = torch.as_tensor(np.stack([np.asarray(store.targets[row]) for row in part]))
@@ -90,11 +96,14 @@ def batches_of(
         log.warning("%d of %d items have no mask in %s", lacking, len(done), masks)
 
 
-def _read(source: _Source, index: int, name: str) -> Any:
+def _read(source: _Source, index: int, name: str, digest: str) -> Any:
     try:
-        return source.load(index).image
+        item = source.load(index)
     except ItemError as error:
         raise ValueError(f"item {name!r}, whose map is in the store, cannot be read any more: {error}") from error
+    if item.digest != digest:
+        raise ValueError(f"item {name!r} is no longer what was explained; pass the images the job was run on")
+    return item.image
 
 
 def read_mask(folder: Path, name: str, picture: Any, prepare: Prepare) -> Tensor | None:

@@ -109,6 +109,10 @@ def test_an_unusable_map_is_left_out_alone(model, images, maps, targets):
         found, clean = function(model, images, broken, targets), function(model, images, maps, targets)
         assert found.isnan().tolist() == [False, True, False]
         torch.testing.assert_close(found[[0, 2]], clean[[0, 2]])
+    large = maps.repeat_interleave(3, 1).repeat_interleave(3, 2)
+    large[1, 0, 0] = math.nan  # which resizing passes by: it reads every third place
+    found = metrics.average_drop(model, images, large, targets)
+    assert found.isnan().tolist() == [False, True, False]
 
 
 def test_errors(model, images, maps, targets):
@@ -128,6 +132,10 @@ def test_errors(model, images, maps, targets):
         metrics.average_drop(model, images, maps[:2], targets)
     with pytest.raises(TypeError, match="maps must be a floating point tensor"):
         metrics.average_drop(model, images, maps > 0.5, targets)
+    single = nn.Sequential(model, nn.Linear(5, 1)).double().eval()
+    with pytest.raises(ValueError, match="softmax is 1 whatever the image shows: pass output='sigmoid', or 'logit'"):
+        metrics.average_drop(single, images, maps)
+    assert metrics.average_drop(single, images, maps, output="sigmoid").isfinite().all()
     with pytest.raises(ValueError, match="chunk must be at least 1; got 0"):
         metrics.average_drop(model, images, maps, targets, chunk=0)
     with pytest.raises(ValueError, match="at least one"):

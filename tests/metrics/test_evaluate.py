@@ -15,7 +15,7 @@ import fastcam
 from fastcam import metrics
 from fastcam.cli import main
 from fastcam.metrics import report, stored
-from fastcam.metrics.evaluate import METRICS, Batch, Settings, evaluate
+from fastcam.metrics.evaluate import METRICS, Batch, Evaluation, Settings, evaluate
 from fastcam.models.prepare import Prepare
 
 from .conftest import draw
@@ -92,7 +92,31 @@ def test_rows_files_and_picture(model, images, maps, targets, masks, tmp_path):
     with Image.open(paths[3]) as picture:
         assert len(picture.convert("RGB").getcolors(10**6)) > 20
     no_curves = evaluate(None, [Batch(images, maps, targets)], ["sparsity"])
-    assert [path.name for path in report.write(no_curves, tmp_path)][-1] == "evaluation.md"
+    assert [path.name for path in report.write(no_curves, tmp_path / "new" / "folder")][-1] == "evaluation.md"
+    assert not paths[3].exists()  # the picture of the evaluation before
+    for count, median in ((3, 2.0), (4, 3.5), (5, 5.0), (6, math.inf)):
+        values = [1.0, 2.0, 5.0, math.inf, math.inf, math.inf][:count] if count > 4 else [5.0, 1.0, 2.0, 7.0][:count]
+        assert Evaluation({"sparsity": values}, [], {}, {}).rows()[0]["median"] == median
+
+
+@pytest.mark.parametrize("shape", [(12,), (2, 2, 3)])
+def test_signals_and_volumes_have_one_value_a_map(shape):
+    values = torch.arange(24.0).reshape(2, *shape).flip(-1)
+    masks = values % 3 == 1
+    names = ["sparsity", "pointing_game", "energy_pointing", "average_precision"]
+    batch = Batch(torch.zeros(2, 3, *shape), values, 0, masks)
+    found = evaluate(None, [batch], names)
+    plane = values.reshape(2, 1, 12), masks.reshape(2, 1, 12)
+    assert found.ids == ["0", "1"]
+    assert found.values["sparsity"] == metrics.sparsity(plane[0]).tolist()
+    assert found.values["sparsity"][0] == pytest.approx(13 / 36)  # of 0 to 11: (n + 1) / (3 n)
+    for name in names[1:]:
+        assert found.values[name] == getattr(metrics, name)(*plane).tolist()
+    with pytest.raises(ValueError, match="do not fit maps"):
+        evaluate(None, [batch._replace(masks=masks[..., 1:])], names)
+    if len(shape) == 3:
+        with pytest.raises(ValueError, match="in volumes it must be 0"):
+            evaluate(None, [batch], names, Settings(tolerance=1))
 
 
 def test_several_targets_are_explained_one_by_one(model, images):
@@ -142,6 +166,7 @@ class Shelf:
     def __init__(self, images, maps, targets):
         self.ids = np.array(["a/one.jpg", "two.jpg", "a/three.jpg"])
         self.status, self.targets = np.array([1, 2, 1]), targets.numpy()
+        self.digests = ["one", "two", "three"]
         self._images, self._maps = images, maps
 
     def map(self, item, size):
@@ -155,7 +180,7 @@ class Shelf:
         return str(self.ids[::-1][index])  # in another order than the store
 
     def load(self, index):
-        return SimpleNamespace(image=self._images[2 - index])
+        return SimpleNamespace(image=self._images[2 - index], digest=("one", "two", "three")[2 - index])
 
 
 def test_a_store_is_read_with_its_images_and_masks(model, images, maps, targets, masks, tmp_path, caplog):
@@ -182,6 +207,14 @@ def test_a_store_is_read_with_its_images_and_masks(model, images, maps, targets,
     other.ids = np.array(["x", "y", "z"])
     with pytest.raises(ValueError, match=r"item 'a/one\.jpg' of the store is not among the images"):
         next(stored.batches_of(shelf, other, Prepare()))
+    with pytest.raises(ValueError, match="there is no folder "):
+        next(stored.batches_of(shelf, shelf, Prepare(), masks=tmp_path / "nowhere"))
+    shelf.digests[2] = "another"
+    with pytest.raises(ValueError, match=r"item 'a/three\.jpg' is no longer what was explained"):
+        list(stored.batches_of(shelf, shelf, Prepare()))
+    shelf.status[:] = 2
+    with pytest.raises(ValueError, match="none of the store's 3 items is done"):
+        next(stored.batches_of(shelf, shelf, Prepare()))
     Image.fromarray(masks[0].numpy().astype(np.uint8) * 255).save(tmp_path / "outside.png")
     assert stored.read_mask(tmp_path / "a", "../outside.jpg", images[0], Prepare()) is None  # names stay in the folder
     with pytest.raises(ValueError, match=r"mask .*outside\.png must be 8 x 7 \(H x W\), as the picture; it is 6 x 7"):

@@ -122,12 +122,15 @@ def test_randomisation_of_a_module_without_its_own_initialisation(images):
 
     def bind(model):
         def explain(x, targets):
+            assert not model.scale.is_inference()
             seen.append(model.scale.detach().clone())
             return x[:, 0]
 
         return explain
 
-    metrics.cascading_randomisation(Scaled().eval(), images, 0, method=bind)
+    model = Scaled().eval()
+    with torch.inference_mode():
+        metrics.cascading_randomisation(model, images, 0, method=bind)
     assert len(seen) == 2
     assert not torch.equal(*seen)
     assert abs(seen[1].mean() - 3) < 3
