@@ -10,6 +10,7 @@ here are the peer's own.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral
 from typing import Any, ClassVar
@@ -53,15 +54,15 @@ __all__ = [
 ]  # fmt: skip
 
 _EPSILON = 1e-7
-_OVERRIDABLE = ("get_cam_weights", "get_cam_image", "compute_cam_per_layer", "aggregate_multi_layers", "forward")
+_SMOOTHING = "forward_augmentation_smoothing"
 
 
 class _Hooks:
     """Stands for `activations_and_grads`: hooks live only while the peer's own code asks for them."""
 
-    def __init__(self, cam: Any):
+    def __init__(self, cam: Any, made: Any = None):
         self._cam = cam
-        self._made: Any = None
+        self._made = made
 
     def __call__(self, images: Tensor) -> Any:
         if self._made is None:
@@ -94,7 +95,7 @@ class _Cam:
     reshape_transform  turns a layer's output into (B, K, *spatial)
     options            of the fastcam method, `mean=` and `std=` included, for classes pytorch-grad-cam does not have
 
-    Overriding `get_cam_weights` or `get_cam_image` works as in the peer and runs the peer's code, with one log line.
+    Overriding a method of the peer's works as there and runs the peer's code, with one log line.
     """
 
     method: ClassVar[str]
@@ -139,18 +140,21 @@ class _Cam:
         """Maps (B, H, W), float32 in [0, 1]: an array, or a tensor on the model's device."""
         if not aug_smooth:
             maps = self._maps(input_tensor, targets, eigen_smooth)
+        elif replaced(self, _Cam, (_SMOOTHING,)):
+            maps = torch.as_tensor(self.forward_augmentation_smoothing(input_tensor, targets, eigen_smooth))
+            maps = maps.to(self.device)
         else:
-            smooth = []
-            for transform in self.tta_transforms:
-                one = self._maps(transform.augment_image(input_tensor), targets, eigen_smooth)
-                smooth.append(transform.deaugment_mask(one.unsqueeze(1)).squeeze(1))
-            maps = torch.stack(smooth).mean(0)
+            maps = self._augmented(input_tensor, targets, eigen_smooth)
         return maps if return_tensor else maps.cpu().numpy()
 
     def forward(
         self, input_tensor: Tensor, targets: Sequence[Callable[[Any], Tensor]] | None, eigen_smooth: bool = False
     ) -> Any:
-        return self._maps(input_tensor, targets, eigen_smooth).cpu().numpy()
+        """What an overriding `forward` finds as its super's."""
+        return self._maps(input_tensor, targets, eigen_smooth, within_forward=True).cpu().numpy()
+
+    def forward_augmentation_smoothing(self, input_tensor: Tensor, targets: Any, eigen_smooth: bool = False) -> Any:
+        return self._augmented(input_tensor, targets, eigen_smooth).cpu().numpy()
 
     def __enter__(self) -> Any:
         return self
@@ -162,16 +166,32 @@ class _Cam:
         if "activations_and_grads" in vars(self):
             self.activations_and_grads.release()
 
-    def _maps(self, images: Tensor, targets: Any, eigen_smooth: bool) -> Tensor:
+    def _augmented(self, images: Tensor, targets: Any, eigen_smooth: bool) -> Tensor:
+        smooth = []
+        for transform in self.tta_transforms:
+            one = self._maps(transform.augment_image(images), targets, eigen_smooth)
+            smooth.append(transform.deaugment_mask(one.unsqueeze(1)).squeeze(1))
+        return torch.stack(smooth).mean(0)
+
+    def _maps(self, images: Tensor, targets: Any, eigen_smooth: bool, within_forward: bool = False) -> Tensor:
         images = images.to(self.device)
         _check_count(targets, len(images))
-        own = replaced(self, next(c for c in type(self).__mro__ if c.__module__ == __name__), _OVERRIDABLE)
-        if own:
-            self._hand_over(f"{', '.join(own)} {'is' if len(own) == 1 else 'are'} overridden")
-            return self._by_peer(images, targets, eigen_smooth)
+        adapter = next(c for c in type(self).__mro__ if c.__module__ == __name__)
+        own = [name for name in replaced(self, adapter, _methods(adapter)) if name != "forward" or not within_forward]
+        if not isinstance(self.activations_and_grads, _Hooks):
+            own.append("activations_and_grads")
+        overridden = f"{', '.join(own)} {'is' if len(own) == 1 else 'are'} overridden" if own else ""
+        reason = overridden or self._uncovered(eigen_smooth)
+        if reason:
+            self._hand_over(reason)
+            return self._by_peer(images, targets, eigen_smooth, "forward" in own)
         found = at_layers(self._explainers(eigen_smooth), images, _spec(targets))
         self.outputs = found[0].scores
         return self._scaled(found, images.shape[2:])
+
+    def _uncovered(self, eigen_smooth: bool) -> str:
+        """Why a call is the peer's to answer, or nothing."""
+        return ""
 
     def _scaled(self, found: list[Attribution], size: Sequence[int]) -> Tensor:
         layers = [resized(min_max(one.raw.clamp(min=0), _EPSILON), size) for one in found]
@@ -196,17 +216,25 @@ class _Cam:
     def _method_options(self) -> dict[str, Any]:
         return self.fixed | self._options
 
-    def _by_peer(self, images: Tensor, targets: Any, eigen_smooth: bool) -> Tensor:
-        """The peer's numpy path, with its hooks for the time of this call."""
-        overriding = type(self).forward is not _Cam.forward or "forward" in vars(self)
+    def _by_peer(self, images: Tensor, targets: Any, eigen_smooth: bool, overriding: bool) -> Tensor:
+        """The peer's numpy path, or the user's forward, with the peer's hooks for the time of this call."""
         forward: Any = self.forward if overriding else super().forward  # type: ignore[misc]
         with untouched(self.model):
             try:
                 maps = forward(images, targets, eigen_smooth)
             finally:
-                self.activations_and_grads.release()
+                if isinstance(self.activations_and_grads, _Hooks):  # others are the user's
+                    self.activations_and_grads.release()
         self.outputs = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, self.outputs)
         return torch.as_tensor(maps, device=self.device)
+
+
+@functools.cache
+def _methods(adapter: type) -> tuple[str, ...]:
+    """Names of what the peer's own code would call and a user may override."""
+    theirs = [vars(c) for c in adapter.__mro__ if c.__module__.partition(".")[0] == _peer.__name__]
+    names = {name for methods in theirs for name, found in methods.items() if callable(found)}
+    return tuple(sorted(name for name in names if not name.startswith("__") and name != _SMOOTHING))
 
 
 def _augmentations() -> Any:
@@ -344,17 +372,19 @@ class FullGrad(_Cam, _peer.FullGrad):
     ):
         super().__init__(model, (), reshape_transform)
 
-    def _maps(self, images: Tensor, targets: Any, eigen_smooth: bool) -> Tensor:
-        if not eigen_smooth:
-            return super()._maps(images, targets, eigen_smooth)
-        self._hand_over("eigen_smooth of FullGrad")
-        images = images.to(self.device)
-        _check_count(targets, len(images))
-        with untouched(self.model):
-            made = _peer.FullGrad(self.model, [], self.reshape_transform)
-            with made:
-                maps = made.forward(images, targets, eigen_smooth)
-        return torch.as_tensor(maps, device=self.device)
+    def _uncovered(self, eigen_smooth: bool) -> str:
+        within = "bias_data" in vars(self)  # of the peer's own run, whose hooks the network wears
+        return "eigen_smooth of FullGrad" if eigen_smooth else "FullGrad within an overriding forward" if within else ""
+
+    def _by_peer(self, images: Tensor, targets: Any, eigen_smooth: bool, overriding: bool) -> Tensor:
+        kept = dict(vars(self))
+        try:
+            with untouched(self.model):
+                _peer.FullGrad.__init__(self, self.model, [], self.reshape_transform)  # its layers, biases and hooks
+                self.activations_and_grads = _Hooks(self, self.activations_and_grads)
+                return super()._by_peer(images, targets, eigen_smooth, overriding)
+        finally:
+            self.__dict__ = kept | {"outputs": self.outputs}
 
     def _scaled(self, found: list[Attribution], size: Sequence[int]) -> Tensor:
         return min_max(found[0].raw, _EPSILON).float()

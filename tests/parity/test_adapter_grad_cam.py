@@ -118,6 +118,10 @@ def test_full_grad_smoothed_by_the_peer_itself(untouched, caplog):
         cam = ours.FullGrad(net, [])
         np.testing.assert_allclose(cam(x, None, eigen_smooth=True), want, rtol=0, atol=1e-5)
     assert "eigen_smooth of FullGrad" in caplog.text
+    with fastcam.adapters.accelerate("pytorch_grad_cam"):
+        np.testing.assert_array_equal(
+            peer.FullGrad(net, [])(x, None, eigen_smooth=True), cam(x, None, eigen_smooth=True)
+        )
 
 
 TARGETS = {
@@ -207,6 +211,8 @@ OVERRIDES = {
     "get_cam_weights": lambda self, *args: np.abs(type(self).__mro__[1].get_cam_weights(self, *args)),
     "get_cam_image": lambda self, x, layer, targets, a, g, smooth=False: (np.abs(g) * a).sum(1),
     "aggregate_multi_layers": lambda self, maps: np.concatenate(maps, axis=1).max(1),
+    "get_target_width_height": lambda self, x: (5, 4),
+    "forward": lambda self, *args: type(self).__mro__[1].forward(self, *args) ** 2,
 }
 
 
@@ -228,6 +234,32 @@ def test_overrides_are_honoured(name, untouched, caplog):
     same(found[ours][0], found[peer][0], 1e-5)
     np.testing.assert_array_equal(*found[ours])
     assert caplog.text.count(f"{name} is overridden") == 1
+
+
+def test_overrides_of_single_classes_are_honoured():
+    """FullGrad's own hooks and biases, Ablation-CAM's scores, the smoothing; and hooks that were put in their place."""
+    ramp = {"assemble_ablation_scores": lambda self, new, score, ablated, count: list(np.arange(1.0, count + 1))}
+    cases = {
+        "FullGrad": ({"aggregate_multi_layers": lambda self, maps: maps.sum(1) / maps.max()}, {}),
+        "AblationCAM": (ramp, {}),
+        "GradCAM": (
+            {"forward_augmentation_smoothing": lambda self, *args: self.forward(*args) ** 2},
+            {"aug_smooth": True},
+        ),
+    }
+    for cls, (methods, call) in cases.items():
+        found = []
+        for module in (ours, peer):
+            net, _, x = case("vgg", torch.float32)
+            mine = type("Mine", (getattr(module, cls),), methods)
+            with contextlib.redirect_stderr(io.StringIO()), mine(net, [net.features]) as cam:
+                found.append(cam(x, targets_of(CLASSES), **call))
+        same(*found, 1e-5)
+    net, _, x = case("vgg", torch.float32)
+    cam = ours.GradCAM(net, [net.features])
+    cam.activations_and_grads = peer.ActivationsAndGradients(net, [net.features[0]], None)
+    want = run(peer, "GradCAM", net, ["features.0"], x, targets_of(CLASSES))
+    same(cam(x, targets_of(CLASSES)), want, 1e-6)
 
 
 def test_errors(untouched):
