@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastcam.explainer import Attribution, Explainer, at_layers
 from fastcam.methods._maps import min_max, resized
+from fastcam.program.layers import SeveralOutputs
 from fastcam.program.targets import TargetSpec, class_scores
 
 from ._peer import Handover, fallback, needing, replaced, untouched
@@ -126,6 +127,7 @@ class _Cam:
         self._options = options
         self._hand_over = Handover(type(self).__name__)
         self._made: tuple[Any, list[Explainer]] | None = None
+        self._left = ""  # why the layers are the peer's
         self._explainers(False)  # an unknown layer or option is an error now
 
     def __call__(
@@ -185,13 +187,19 @@ class _Cam:
         if reason:
             self._hand_over(reason)
             return self._by_peer(images, targets, eigen_smooth, "forward" in own)
-        found = at_layers(self._explainers(eigen_smooth), images, _spec(targets))
+        try:
+            found = at_layers(self._explainers(eigen_smooth), images, _spec(targets))
+        except SeveralOutputs as error:
+            if self.reshape_transform is None or adapter not in REPLACES.values():
+                raise
+            self._left = str(error)  # which the peer hands to the transform, as detectors' pyramids need it
+            return self._maps(images, targets, eigen_smooth, within_forward)
         self.outputs = found[0].scores
         return self._scaled(found, images.shape[2:])
 
     def _uncovered(self, eigen_smooth: bool) -> str:
         """Why a call is the peer's to answer, or nothing."""
-        return ""
+        return self._left
 
     def _scaled(self, found: list[Attribution], size: Sequence[int]) -> Tensor:
         layers = [resized(min_max(one.raw.clamp(min=0), _EPSILON), size) for one in found]
@@ -374,7 +382,9 @@ class FullGrad(_Cam, _peer.FullGrad):
 
     def _uncovered(self, eigen_smooth: bool) -> str:
         within = "bias_data" in vars(self)  # of the peer's own run, whose hooks the network wears
-        return "eigen_smooth of FullGrad" if eigen_smooth else "FullGrad within an overriding forward" if within else ""
+        if eigen_smooth or within:
+            return "eigen_smooth of FullGrad" if eigen_smooth else "FullGrad within an overriding forward"
+        return super()._uncovered(eigen_smooth)
 
     def _by_peer(self, images: Tensor, targets: Any, eigen_smooth: bool, overriding: bool) -> Tensor:
         kept = dict(vars(self))

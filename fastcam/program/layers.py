@@ -11,7 +11,7 @@ from .capture import Program
 from .nodes import Node, Ref, op_name
 
 __all__ = ["LayerNotInProgram", "check_spatial", "find_layer", "layer_names", "layer_of", "several_outputs"]
-__all__ += ["is_channels_last", "shown", "unknown_layer"]
+__all__ += ["SeveralOutputs", "is_channels_last", "shown", "unknown_layer"]
 
 
 _KEEPS_ORDER = frozenset({"getitem", "clone", "contiguous", "alias", "_to_copy"})
@@ -23,6 +23,10 @@ class UnfitLayer(Exception):
 
 class UnfitLayerType(UnfitLayer, TypeError):
     """Tokens, or several values."""
+
+
+class SeveralOutputs(UnfitLayerType):
+    """A layer that gives something else than one tensor."""
 
 
 class UnfitLayerShape(UnfitLayer, ValueError):
@@ -53,7 +57,7 @@ def layer_names(model: nn.Module, layer: str | nn.Module) -> list[str]:
 
 
 def several_outputs(layer: str, what: str) -> TypeError:
-    return UnfitLayerType(
+    return SeveralOutputs(
         f"layer '{layer}' returns {what}, not one tensor; name a module inside it that does "
         "(with reshape_transform= where that one gives tokens), or wrap the model"
     )

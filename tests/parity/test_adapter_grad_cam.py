@@ -173,6 +173,46 @@ def test_segmentation_and_detection_targets():
         same(got, want, 1e-5)
 
 
+class Levels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+
+    def forward(self, x):
+        fine = self.conv(x).relu()
+        return {"fine": fine, "coarse": nn.functional.max_pool2d(fine, 2)}
+
+
+class Pyramid(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.levels = Levels()
+
+    def forward(self, x):
+        levels = self.levels(x)
+        return levels["fine"].mean((2, 3)) + levels["coarse"].amax((2, 3))
+
+
+def together(levels):
+    coarse = levels["coarse"]
+    return torch.cat([nn.functional.interpolate(levels["fine"], coarse.shape[2:]), coarse], 1)
+
+
+def test_layers_of_several_outputs_are_the_peers(untouched, caplog):
+    """Detectors' feature pyramids, which a reshape_transform makes one map of."""
+    net = models.seeded(Pyramid).double()
+    x = torch.randn(3, 3, 12, 16, generator=torch.Generator().manual_seed(5)).double()
+    want = peer.EigenCAM(net, [net.levels], reshape_transform=together)(x, targets_of(CLASSES))
+    with untouched(net, x), caplog.at_level(logging.WARNING, "fastcam"):
+        cam = ours.EigenCAM(net, [net.levels], reshape_transform=together)
+        same(cam(x, targets_of(CLASSES)), want, 1e-6)
+        np.testing.assert_array_equal(cam(x, targets_of(CLASSES)), cam(x, targets_of(CLASSES)))
+        for refused in (ours.EigenCAM(net, [net.levels]), ours.LiftCAM(net, [net.levels], together)):
+            with pytest.raises(TypeError, match="layer 'levels' returns dict, not one tensor"):
+                refused(x, targets_of(CLASSES))
+    assert caplog.text.count("runs the library's own code: layer 'levels' returns dict") == 1
+
+
 def grid(tokens):
     return tokens[:, 1:].reshape(len(tokens), 3, 4, -1).permute(0, 3, 1, 2)
 
