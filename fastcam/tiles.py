@@ -41,7 +41,7 @@ def attribute_tiles(
 
     The other arguments are those of `fastcam.attribute`. `maps` and `raw` are (B, *images) or (B, T, *images), unscaled
     in `raw`; `scores` (tiles, B, ...) the model's output for each tile, in reading order; an image is `valid` where all
-    its tiles are. Channel weights and residuals are each tile's own, and are left out.
+    its tiles are, and else has a map of zeros. Channel weights and residuals are each tile's own, and are left out.
 
     Raises ValueError for a tile or overlap that does not fit or targets that are not told, TypeError for a model that
     gives more than one tensor.
@@ -69,7 +69,9 @@ def attribute_tiles(
         count[where] += 1
         found.append(one)
     assert total is not None
+    valid = torch.stack([one.valid for one in found]).all(0)
     raw = total / count.to(total.dtype)
+    raw = torch.where(valid.reshape(-1, *(1,) * (raw.ndim - 1)), raw, 0)
     if not isinstance(found[0].scores, Tensor):
         raise TypeError(f"tiles need a model that gives one tensor; this one gives {type(found[0].scores).__name__}")
     signed = explainer.method.signed
@@ -82,7 +84,7 @@ def attribute_tiles(
         scores=torch.stack([one.scores for one in found]),
         weights=None,
         delta=None,
-        valid=torch.stack([one.valid for one in found]).all(0),
+        valid=valid,
         extra={},
     )
 

@@ -406,3 +406,9 @@ def test_tiles_refuse():
         fastcam.attribute_tiles(model, images, tile=(9, 8), targets=1)
     with pytest.raises(ValueError, match=r"overlap.*1\.0"):
         fastcam.attribute_tiles(model, images, tile=(8, 8), overlap=1.0, targets=1)
+    images = pictures(2, 8, 12)
+    images[1, 0, 0, 0] = torch.nan  # in the first of its two tiles
+    result = fastcam.attribute_tiles(model, images, tile=(8, 8), targets=1, on_nonfinite="mask")
+    assert result.valid.tolist() == [True, False]
+    assert result.maps.flatten(1).amax(1).tolist() == [1, 0]
+    assert not result.raw[1].any()

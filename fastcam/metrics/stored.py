@@ -67,7 +67,9 @@ def batches_of(
     rows = {source.key(index): index for index in range(len(source))}
     done = [row for row in range(len(store.ids)) if int(store.status[row]) == _DONE][:limit]
     if not done:
-        raise ValueError(f"none of the store's {len(store.ids)} items is done: there is nothing to evaluate")
+        raise ValueError(
+            f"none of the store's {len(store.ids)} items is done; a stopped job goes on with fastcam run --resume"
+        )
     missing = next((str(store.ids[row]) for row in done if str(store.ids[row]) not in rows), None)
     if missing is not None:
         raise ValueError(f"item {missing!r} of the store is not among the images; pass those the job was run on")
