@@ -25,7 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from .functional import Functionalizer, NeedsDecomposition
 from .nodes import Node, Ref, map_refs, refs_in
-from .state import evaluating, exclusive, fingerprint, forward_hooked
+from .state import evaluating, exclusive, fingerprint, forward_hooked, keeping_attributes
 
 __all__ = ["CaptureError", "Program", "capture"]
 
@@ -140,6 +140,7 @@ def _capture(model: nn.Module, images: torch.Tensor) -> Program:
     with evaluating(model), torch.inference_mode(False), torch.enable_grad(), _quiet():
         try:
             with (
+                keeping_attributes(model),
                 _noting_structured_outputs(model) as structured,
                 _naming_graph_modules(model),
                 _noting_cut_gradients() as cuts,

@@ -20,6 +20,7 @@ __all__ = [
     "exclusive",
     "fingerprint",
     "forward_hooked",
+    "keeping_attributes",
     "keeping_buffers",
     "neutral_modes",
     "training",
@@ -60,6 +61,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in trained:
             module.training = True
+
+
+@contextlib.contextmanager
+def keeping_attributes(model: nn.Module) -> Iterator[None]:
+    """Modules have the very objects as attributes that they had before, on every exit path: torch.export leaves copies
+    of their lists, tuples and dicts."""
+    kept = [(vars(m), {k: v for k, v in vars(m).items() if k not in _BOOKKEEPING}) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for own, before in kept:
+            own.update(before)
 
 
 @contextlib.contextmanager

@@ -182,6 +182,15 @@ def test_capture_is_cached_and_shared(model):
     assert capture(model, images) is first
 
 
+def test_settings_in_lists_are_the_models_own_after_a_capture(model):
+    """torch.export leaves copies of them, which a cache that goes by their identity takes for other settings."""
+    stages = model.stages = [{"channels": 8}, (1, 2)]
+    images = torch.randn(2, 3, 9, 7)
+    first = capture(model, images)
+    assert model.stages is stages
+    assert capture(model, images) is first
+
+
 def _in_place(model):
     with torch.no_grad():
         model.fc.weight.mul_(2)
