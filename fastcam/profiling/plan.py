@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import tempfile
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -12,7 +14,18 @@ from torch import nn
 import fastcam
 from fastcam.backends import BACKENDS
 
-__all__ = ["DTYPES", "backends", "channels", "converted", "device", "known", "load", "own_dtype", "positive"]
+__all__ = [
+    "DTYPES",
+    "backends",
+    "channels",
+    "converted",
+    "device",
+    "known",
+    "load",
+    "own_dtype",
+    "positive",
+    "writable",
+]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 _BY_DEVICE = {"cpu": ("reference", "cpp"), "cuda": ("reference", "cuda", "triton")}
@@ -57,6 +70,15 @@ def positive(name: str, numbers: Sequence[int]) -> list[int]:
     if wrong or not numbers:
         raise ValueError(f"{name} must hold positive integers; got {wrong[0] if wrong else 'none'}")
     return list(dict.fromkeys(numbers))
+
+
+def writable(folder: Path) -> None:
+    """Makes the folder; ValueError where nothing can be written to it, before anything is measured for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(f"out={str(folder)!r} cannot be written to: {error.strerror}") from error
 
 
 def known(name: str, given: Sequence[str], known: Sequence[str]) -> list[str]:

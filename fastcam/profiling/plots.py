@@ -64,11 +64,17 @@ class Panel:
     guide: int = 0
 
 
-def _figure(width: float, height: float) -> Figure:
+def _matplotlib() -> Any:
     try:
-        from matplotlib.figure import Figure
+        import matplotlib as mpl
     except ImportError as error:
         raise ImportError(f"the report's plots need matplotlib ({error}): pip install 'fastcam[viz]'") from error
+    return mpl
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), layout="constrained")
 
 
@@ -84,9 +90,7 @@ def roofline(points: Sequence[Point], bandwidth: float, peaks: Mapping[str, floa
 
     bandwidth  measured, GB/s;  peaks  GFLOP/s of matrix products by precision, measured
     """
-    import matplotlib as mpl
-
-    with mpl.rc_context(_STYLE):
+    with _matplotlib().rc_context(_STYLE):
         shown = [p for p in points if p.intensity > 0 and p.gflops > 0]
         lines = max(20, len(shown))
         figure = _figure(10.4, 0.8 + 0.2 * lines)
@@ -144,11 +148,9 @@ def _place(point: Point) -> tuple[float, float]:
 
 def growth(panels: Sequence[Panel], columns: int | None = None) -> str:
     """Panels of lines, log-log, side by side in `columns` (None: one row), with one legend below."""
-    import matplotlib as mpl
-
     across = columns or len(panels)
     down = -(-len(panels) // across)
-    with mpl.rc_context(_STYLE):
+    with _matplotlib().rc_context(_STYLE):
         figure = _figure(max(4.3, 3.9 * across), 0.5 + 2.9 * down)
         grid = figure.subplots(down, across, squeeze=False).flat
         names = list(dict.fromkeys(line.label for panel in panels for line in panel.series if not line.dashed))

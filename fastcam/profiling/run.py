@@ -98,12 +98,14 @@ def profile(
 
     Before the clock starts, each backend's maps are compared with the reference backend's (`LIMITS`); those that differ
     are reported and not timed. A method that fails on the model is reported with its error; the others go on.
-    Errors: ValueError for unknown names, a device or backend that is not there, numbers below 1; ImportError with the
-    command that installs a model zoo, or matplotlib for the report's pictures.
+    Errors: ValueError for unknown names, a device or backend that is not there, numbers below 1, a folder that cannot
+    be written to; ImportError with the command that installs a model zoo, or matplotlib for the report's pictures.
     Cost: per method, batch, precision and backend about 2 `rounds` calls and three more for the counts.
     """
     sizes, precisions = plan.positive("batch", batch), plan.known("precision", precision, tuple(plan.DTYPES))
     (rounds,) = plan.positive("rounds", [rounds])
+    if not seconds > 0:
+        raise ValueError(f"seconds must be positive; got {seconds}")
     names = [single(name).name for name in dict.fromkeys(methods)]
     if not names:
         raise ValueError("methods must name at least one method")
@@ -111,6 +113,8 @@ def profile(
     chosen, notes = plan.backends(backends, place)
     if trace and out is None:
         raise ValueError("trace=True needs a folder to write to: pass out=")
+    if out is not None:
+        plan.writable(Path(out))
     watcher = RangeWatcher.nvtx() if nvtx else None
     network, given_title, known_size = plan.load(model)
     network = network.eval().to(place)

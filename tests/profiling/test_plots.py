@@ -58,6 +58,15 @@ def test_growth_has_one_legend_and_a_colour_a_subject():
     assert {"time", "memory", "ms", "MiB"} <= set(texts)
 
 
+@pytest.mark.parametrize(
+    "draw", [lambda: roofline([], 8.0, {"fp32": 32.0}), lambda: growth([Panel("a", "b", "c", [])])]
+)
+def test_without_matplotlib_the_cure_is_named(draw, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"plots need matplotlib .*pip install 'fastcam\[viz\]'$"):
+        draw()
+
+
 def test_committed_pictures_are_those_of_the_committed_results():
     wanted = re.search(r"^matplotlib==(\S+)$", (ROOT / "constraints.txt").read_text(), flags=re.MULTILINE)[1]
     if matplotlib.__version__ != wanted:

@@ -221,6 +221,8 @@ def test_a_trace_holds_stages_and_ops(tmp_path):
         ({"device": "gpu"}, "device must be 'cpu', 'cuda' or 'cuda:N'; got 'gpu'"),
         ({"device": "cuda:63"}, "device 'cuda:63' is not here"),
         ({"trace": True}, "pass out="),
+        ({"seconds": 0}, "seconds must be positive; got 0"),
+        ({"out": __file__}, "test_profile.py' cannot be written to: File exists"),
         ({"layer": "nowhere"}, "nowhere"),
     ],
 )
