@@ -28,11 +28,13 @@ from fastcam.profiling.measure import Calls, Results, agree, alternate, copier, 
 from fastcam.profiling.results import ROW_KEYS, machine_slug, metadata, row, storable, write_json
 
 __all__ = [
-    *("QUALITY_KEYS", "ROOT", "ROW_KEYS", "Calls", "agree", "alternate", "arguments", "copier", "keep_heap"),
+    *("DEVICES", "QUALITY_KEYS", "ROOT", "ROW_KEYS", "Calls", "agree", "alternate", "arguments", "copier", "keep_heap"),
     *("kept", "op_row", "peak_mib", "ratio", "row", "table", "write"),
 ]
 
 ROOT = Path(__file__).resolve().parent
+#: Of suites that take their tensors and networks to `--device`.
+DEVICES = ("cpu", "cuda")
 #: Rows of suites that measure how good a method is rather than how fast: a figure over n draws and its standard error.
 QUALITY_KEYS = ("name", "mean", "standard_error", "n")
 
@@ -48,12 +50,12 @@ def keep_heap() -> None:
         os.execve(sys.executable, [sys.executable, "-P", *sys.argv], {**os.environ, **kept})
 
 
-def arguments(description: str) -> argparse.ArgumentParser:
-    """A parser with the options all suites share."""
+def arguments(description: str, devices: Sequence[str] = ("cpu",)) -> argparse.ArgumentParser:
+    """A parser with the options all suites share; `devices` are those that the suite takes its tensors to."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--rounds", type=int, default=15, help="turns of a row's calls (default: 15)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (default: torch's)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--device", default="cpu", choices=devices)
     parser.add_argument("--only", default="", help="only rows whose name contains this")
     parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder of the JSON file")
     return parser
@@ -61,10 +63,22 @@ def arguments(description: str) -> argparse.ArgumentParser:
 
 def op_row(
     name: str, ours: Callable[[], Results], baselines: Calls, expected: Results, limit: float, nbytes: int,
-    options: argparse.Namespace, **more: Any,
+    options: argparse.Namespace, op: str, **more: Any,
 ) -> dict[str, Any]:  # fmt: skip
-    """A row of an op benchmark: `ours` beside its baselines and beside `copy_` of the `nbytes` the op must move."""
+    """A row of an op benchmark: `ours` beside its baselines and beside `copy_` of the `nbytes` the op must move.
+
+    The row has the op's `backend`. Where another kernel than the reference could serve the device, as Triton beside
+    CUDA C++, `ours` by that one is a baseline of its name, if its results are right.
+    """
     match, error = agree(ours(), expected, limit)
+    backend, *others = _kernels(op, options.device)
+    for other in others:
+        call = _by(other, ours)
+        right, wrong_by = agree(call(), expected, limit)
+        if right:
+            baselines = {**baselines, other: call}
+        else:
+            print(f"{name}: MISMATCH by {other}, error {wrong_by:.3g}; not timed", flush=True)
     calls = {"ours": ours, "copy": copier(nbytes, options.device), **baselines}
     times = alternate(calls, options.rounds, options.device)
     mine = statistics.median(times["ours"])
@@ -72,12 +86,30 @@ def op_row(
         name, times["ours"], match, max_err=error, bytes_moved=nbytes, gbps=nbytes / mine / 1e9,
         pct_copy=100 * ratio(times, "copy", "ours"),
         baselines_us={other: statistics.median(times[other]) * 1e6 for other in baselines},
-        speedup={other: ratio(times, other, "ours") for other in baselines} if match else None, **more,
+        speedup={other: ratio(times, other, "ours") for other in baselines} if match else None, op=op,
+        backend=backend, **more,
     )  # fmt: skip
     speedups = ", ".join(f"{ratio(times, other, 'ours'):.1f}x {other}" for other in baselines)
     verdict = speedups if match else f"MISMATCH, error {error:.3g}"
     print(f"{name}: {mine * 1e6:.0f} us, {found['pct_copy']:.0f} % of copy, {verdict}", flush=True)
     return found
+
+
+def _kernels(op: str, device: str) -> list[str]:
+    """The backend that serves `op` here, and the other kernels that could."""
+    facts = fastcam.backends()
+    here = facts["ops"][op][device]
+    taken = here["auto"] if facts["chosen"] == "auto" else facts["chosen"]
+    compiled = ("cuda", "triton") if device == "cuda" else ("cpp",)
+    return [taken, *(name for name in compiled if name != taken and name not in here["reasons"])]
+
+
+def _by(backend: str, call: Callable[[], Results]) -> Callable[[], Results]:
+    def forced() -> Results:
+        with fastcam.backend(backend):
+            return call()
+
+    return forced
 
 
 def peak_mib(script: str, setup: str, call: str, *arguments: object, **environment: str) -> float:

@@ -133,7 +133,7 @@ def tensors(result: Any) -> tuple[torch.Tensor, ...]:
 
 
 def main() -> None:
-    parser = harness.arguments((__doc__ or "").splitlines()[0])
+    parser = harness.arguments((__doc__ or "").splitlines()[0], harness.DEVICES)
     parser.add_argument(
         "--seconds", type=float, default=2.0, help="begin no turn of a group after so long (default: 2)"
     )

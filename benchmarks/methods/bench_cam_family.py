@@ -201,28 +201,28 @@ def peak_memory() -> dict[str, Any]:
     }
 
 
-def bf16_similarity() -> dict[str, Any]:
+def bf16_similarity(device: str) -> dict[str, Any]:
     """Cosine similarity of bf16 to fp32 maps on the testbed's held-out scenes, the lowest of both models' means."""
     from fastcam.testbed import load, make_scenes, normalize
 
     scenes = make_scenes(64, split="test", seed=0)
     means = []
     for name in ("tiny_resnet", "tiny_vgg"):
-        model = load(name)
-        images = normalize(scenes.images)
-        full = fastcam.Explainer(model, "grad_cam")(images, scenes.labels).maps
-        half = fastcam.Explainer(model, "grad_cam", precision="bf16", channels_last=True)(images, scenes.labels).maps
+        model = load(name).to(device)
+        images, labels = normalize(scenes.images).to(device), scenes.labels.to(device)
+        full = fastcam.Explainer(model, "grad_cam")(images, labels).maps
+        half = fastcam.Explainer(model, "grad_cam", precision="bf16", channels_last=True)(images, labels).maps
         means.append(float(functional.cosine_similarity(full.flatten(2), half.flatten(2), dim=-1).mean()))
     return {"bf16_cosine_testbed": round(min(means), 5)}
 
 
 def main() -> None:
     harness.keep_heap()
-    options = harness.arguments(__doc__.splitlines()[0]).parse_args()
+    options = harness.arguments(__doc__.splitlines()[0], harness.DEVICES).parse_args()
     torch.set_num_threads(options.threads)
     start = time.time()
     rows = measure(options)
-    more = bf16_similarity()
+    more = bf16_similarity(options.device)
     if options.device == "cpu":
         more |= first_call() | peak_memory()
     harness.table(rows, ["name", "times_forward", "median_us", "iqr_us", "max_err", "match"])

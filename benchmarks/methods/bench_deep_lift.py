@@ -1,6 +1,6 @@
 """Contribution methods on ResNet-50 and VGG-16: time and memory as multiples of the plain forward, beside Captum.
 
-    python -P benchmarks/methods/bench_deep_lift.py [--rounds 9] [--only vgg16]
+    python -P benchmarks/methods/bench_deep_lift.py [--device cuda] [--rounds 9] [--only vgg16]
 
 Random weights, batch 8, 224 x 224, float32. F is the model's own forward under `inference_mode`, of the same network.
 Correctness first: completeness where the method has it, LIFT-CAM against its closed form on ResNet-50, DeepLIFT on
@@ -31,10 +31,10 @@ BATCH, SIDE = 8, 224
 COMPLETE = 1e-4
 
 
-def network(name: str, out_of_place: bool = False) -> nn.Module:
+def network(name: str, device: str = "cpu", out_of_place: bool = False) -> nn.Module:
     """Random weights; `out_of_place` for peers whose hooks misread in-place ReLUs."""
     torch.manual_seed(0)
-    model = getattr(torchvision_models(), name)(weights=None).eval()
+    model = getattr(torchvision_models(), name)(weights=None).eval().to(device)
     if out_of_place:
         for module in model.modules():
             if isinstance(module, nn.ReLU):
@@ -42,9 +42,9 @@ def network(name: str, out_of_place: bool = False) -> nn.Module:
     return model
 
 
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
+def batch(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
     images = torch.randn(BATCH, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
-    return images, torch.arange(BATCH) * 7
+    return images.to(device), torch.arange(BATCH, device=device) * 7
 
 
 def black() -> torch.Tensor:
@@ -76,16 +76,16 @@ def explainer(name: str, method: str, model: nn.Module, **options: Any) -> fastc
     return fastcam.Explainer(model, method, layer=None if method in AT_PIXELS else LAYERS[name], **options)
 
 
-def captum_calls(name: str) -> dict[str, Callable[[], torch.Tensor]]:
+def captum_calls(name: str, device: str = "cpu") -> dict[str, Callable[[], torch.Tensor]]:
     """LayerDeepLift at the layer against zero features, and DeepLift at the pixels against black, where Captum can."""
     try:
         from captum.attr import DeepLift, LayerDeepLift
     except ImportError:
         print("captum is not installed (extra 'peers'); its rows are left out")
         return {}
-    model = network(name, out_of_place=True)
-    images, targets = batch()
-    baseline = black()
+    model = network(name, device, out_of_place=True)
+    images, targets = batch(device)
+    baseline = black().to(device)
     layer = dict(model.named_modules())[LAYERS[name]]
     at_layer, at_pixels = LayerDeepLift(model, layer), DeepLift(model)
     calls = {
@@ -112,7 +112,7 @@ def complete(result: fastcam.Attribution) -> tuple[bool, float]:
 
 def check(name: str, method: str, result: fastcam.Attribution, model: nn.Module) -> tuple[bool, float]:
     """Whether a result is right, and its error."""
-    images, targets = batch()
+    images, targets = batch(result.maps.device)
     if name == "resnet50" and method in ("lift_cam", "ablation_cam", "shap_cam"):
         with torch.no_grad():
             features = nn.Sequential(*list(model.children())[:-2])(images)
@@ -125,8 +125,9 @@ def check(name: str, method: str, result: fastcam.Attribution, model: nn.Module)
 
 
 def measure(name: str, options: Any) -> list[dict[str, Any]]:
-    model = network(name)
-    images, targets = batch()
+    device = options.device
+    model = network(name, device)
+    images, targets = batch(device)
 
     def forward() -> None:
         with torch.inference_mode():
@@ -141,7 +142,7 @@ def measure(name: str, options: Any) -> list[dict[str, Any]]:
         made = explainer(name, method, model, **settings)
         match[method] = check(name, method, made(images, targets), model)
         calls[method] = lambda made=made: made(images, targets)
-    for label, call in captum_calls(name).items():
+    for label, call in captum_calls(name, device).items():
         found = call()
         if label == "captum DeepLift":
             ours = fastcam.Explainer(model, "deep_lift", normalize=False)(images, targets).maps
@@ -155,7 +156,7 @@ def measure(name: str, options: Any) -> list[dict[str, Any]]:
     rows: dict[str, dict[str, Any]] = {}
     for part, rounds in ((calls.keys() - slow.keys(), options.rounds), (calls.keys() & slow.keys(), 3)):
         chosen = {label: call for label, call in calls.items() if label in part or label == "forward"}
-        times = harness.alternate(chosen, rounds, warmup=1)
+        times = harness.alternate(chosen, rounds, device, warmup=1)
         for label, seconds in times.items():
             correct, error = match[label]
             ratio = harness.ratio(times, label, "forward")
@@ -178,12 +179,12 @@ def peak_mib(name: str, what: str) -> float:
 
 def main() -> None:
     harness.keep_heap()
-    options = harness.arguments(__doc__.splitlines()[0]).parse_args()
+    options = harness.arguments(__doc__.splitlines()[0], harness.DEVICES).parse_args()
     torch.set_num_threads(options.threads)
     start = time.time()
     rows = [row for name in LAYERS if options.only.split()[:1] in ([], [name]) for row in measure(name, options)]
     more: dict[str, Any] = {}
-    if not options.only:
+    if not options.only and options.device == "cpu":
         more["peak_mib_deep_lift_vgg16"] = round(peak_mib("vgg16", "fastcam"), 1)
         if any("captum DeepLift" in row["name"] for row in rows):
             more["peak_mib_captum_vgg16"] = round(peak_mib("vgg16", "captum"), 1)

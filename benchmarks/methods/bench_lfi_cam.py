@@ -1,6 +1,6 @@
 """What LFI-CAM's attention costs at inference, beside backbone, importance convolutions and classifier alone.
 
-    python -P benchmarks/methods/bench_lfi_cam.py [--rounds 15]
+    python -P benchmarks/methods/bench_lfi_cam.py [--device cuda] [--rounds 15]
 
 Random weights, float32. `F` is a forward pass that computes backbone, the four convolutions of the importance network
 (on the features instead of the masks) and the classifier on pooled features, and nothing of the attention; rows are the
@@ -62,8 +62,8 @@ def measure(options: Any) -> list[dict[str, Any]]:
         name = f"{network_name}, batch {batch}"
         if options.only and options.only not in name:
             continue
-        model = network(network_name, side)
-        images = torch.randn((batch, 3, side, side), generator=torch.Generator().manual_seed(1))
+        model = network(network_name, side).to(options.device)
+        images = torch.randn((batch, 3, side, side), generator=torch.Generator().manual_seed(1)).to(options.device)
         with torch.inference_mode():
             found = model(images)
             match, error = harness.agree((found.logits, found.attention), formulas(model, images), 1e-4)
@@ -79,7 +79,7 @@ def measure(options: Any) -> list[dict[str, Any]]:
             "plain": lambda r=run: r(formulas),  # type: ignore[misc]
             "explainer": lambda e=explainer, x=images: e(x),  # type: ignore[misc]
         }
-        times = harness.alternate(calls, options.rounds)
+        times = harness.alternate(calls, options.rounds, options.device)
         for key in ("ours", "plain", "explainer"):
             multiple = median(x / y for x, y in zip(times[key], times["F"], strict=True))
             rows.append(harness.row(f"{name}, {key}", times[key], match, max_err=error, multiple=multiple))
@@ -89,11 +89,10 @@ def measure(options: Any) -> list[dict[str, Any]]:
 
 def main() -> None:
     harness.keep_heap()
-    options = harness.arguments((__doc__ or "").splitlines()[0]).parse_args()
+    options = harness.arguments((__doc__ or "").splitlines()[0], harness.DEVICES).parse_args()
     torch.set_num_threads(options.threads)
-    harness.write(
-        "lfi_cam_cost", "cpu", measure(options), options.out, command="python -P benchmarks/methods/bench_lfi_cam.py"
-    )
+    command = "python -P benchmarks/methods/bench_lfi_cam.py"
+    harness.write("lfi_cam_cost", options.device, measure(options), options.out, command=command)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """SFAM: a pair in multiples of two forward passes, and one query against a gallery beside a loop in eager PyTorch.
 
-    python -P benchmarks/methods/bench_pairs.py [--rounds 9]
+    python -P benchmarks/methods/bench_pairs.py [--device cuda] [--rounds 9]
 
 Random weights, float32. Pairs: ResNet-50 without its classifier (2048 averaged maps of 7 x 7), with a linear projection
 to 128 channels behind it, and with a hidden layer between; 8 images of 224 x 224 a side, both maps at that size. F2 is
@@ -61,13 +61,13 @@ def by_pairs(a: Tensor, b: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 def pairs(options: Any) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(1)
-    a, b = (torch.randn((BATCH, 3, SIDE, SIDE), generator=generator) for _ in range(2))
+    a, b = (torch.randn((BATCH, 3, SIDE, SIDE), generator=generator).to(options.device) for _ in range(2))
     rows = []
     for head in HEADS:
         name = f"pair, {head}"
         if options.only and options.only not in name:
             continue
-        model = network(head)
+        model = network(head).to(options.device)
         explainer = fastcam.PairExplainer(model)
         result = explainer(a, b)
         match, error = True, 0.0
@@ -87,7 +87,8 @@ def pairs(options: Any) -> list[dict[str, Any]]:
                 model(a)
                 model(b)
 
-        times = harness.alternate({"F2": plain, "ours": lambda e=explainer: e(a, b)}, options.rounds, warmup=2)  # type: ignore[misc]
+        calls = {"F2": plain, "ours": lambda e=explainer: e(a, b)}  # type: ignore[misc]
+        times = harness.alternate(calls, options.rounds, options.device, warmup=2)
         multiple = median(x / y for x, y in zip(times["ours"], times["F2"], strict=True))
         rows.append(harness.row(name, times["ours"], match, max_err=error, multiple=multiple))
         print(f"{name}: {multiple:.3f} x two forwards", flush=True)
@@ -95,14 +96,15 @@ def pairs(options: Any) -> list[dict[str, Any]]:
 
 
 def gallery(options: Any) -> list[dict[str, Any]]:
-    model = network("no head")
-    image = torch.randn((1, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(1))
+    device = options.device
+    model = network("no head").to(device)
+    image = torch.randn((1, 3, SIDE, SIDE), generator=torch.Generator().manual_seed(1)).to(device)
     explainers = {7: fastcam.PairExplainer(model, size="layer"), SIDE: fastcam.PairExplainer(model)}
     query = explainers[7].gallery(image)
-    features = torch.rand((GALLERY, 2048, 7, 7), generator=torch.Generator().manual_seed(2)).relu()
+    features = torch.rand((GALLERY, 2048, 7, 7), generator=torch.Generator().manual_seed(2)).relu().to(device)
     stored = fastcam.Gallery(features, features.mean((2, 3)), None, (3, SIDE, SIDE), query.layer, query.length)
     with torch.inference_mode():
-        forward = median(harness.alternate({"one": lambda: model(image)}, 5, warmup=2)["one"])
+        forward = median(harness.alternate({"one": lambda: model(image)}, 5, device, warmup=2)["one"])
     rows = []
     for size, explainer in explainers.items():
         name = f"1 against {GALLERY}, maps at {size} x {size}"
@@ -114,7 +116,7 @@ def gallery(options: Any) -> list[dict[str, Any]]:
             "ours": lambda e=explainer: e(query, stored),  # type: ignore[misc]
             "eager loop": lambda s=size: by_pairs(query.features, stored.features, s),  # type: ignore[misc]
         }
-        times = harness.alternate(calls, max(3, options.rounds // 3), warmup=1)
+        times = harness.alternate(calls, max(3, options.rounds // 3), device, warmup=1)
         loop, mine = median(times["eager loop"]), median(times["ours"])
         speedup = {"eager loop": loop / mine, "eager loop with features": (loop + GALLERY * forward) / mine}
         rows.append(harness.row(name, times["ours"], match, max_err=error, speedup=speedup if match else None))
@@ -124,13 +126,13 @@ def gallery(options: Any) -> list[dict[str, Any]]:
 
 def main() -> None:
     harness.keep_heap()
-    parser = harness.arguments((__doc__ or "").splitlines()[0])
+    parser = harness.arguments((__doc__ or "").splitlines()[0], harness.DEVICES)
     parser.set_defaults(rounds=9)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with torch.no_grad():
         rows = pairs(options) + gallery(options)
-    harness.write("pairs", "cpu", rows, options.out, command="python -P benchmarks/methods/bench_pairs.py")
+    harness.write("pairs", options.device, rows, options.out, command="python -P benchmarks/methods/bench_pairs.py")
 
 
 if __name__ == "__main__":

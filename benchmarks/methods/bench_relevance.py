@@ -1,6 +1,6 @@
 """Relevance methods on ResNet-50 and VGG-16: time and memory as multiples of the plain forward, beside Zennit.
 
-    python -P benchmarks/methods/bench_relevance.py [--rounds 7]
+    python -P benchmarks/methods/bench_relevance.py [--device cuda] [--rounds 7]
 
 or in parts, which end up in one file: --only "resnet50 lrp", "vgg16 sums", ..., "peak resnet50", "peak vgg16".
 
@@ -50,14 +50,14 @@ MEMORY = ("lrp epsilon_plus", "lrp epsilon_alpha2_beta1", "attribution_equilibri
 LAYERS = {"resnet50": "layer3", "vgg16": "features.22"}
 
 
-def network(name: str) -> nn.Module:
+def network(name: str, device: str = "cpu") -> nn.Module:
     torch.manual_seed(0)
-    return getattr(torchvision_models(), name)(weights=None).eval()
+    return getattr(torchvision_models(), name)(weights=None).eval().to(device)
 
 
-def batch() -> tuple[torch.Tensor, torch.Tensor]:
+def batch(device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
     images = torch.randn(BATCH, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
-    return images, torch.arange(BATCH) * 7
+    return images.to(device), torch.arange(BATCH, device=device) * 7
 
 
 def explainer(name: str, what: str, model: nn.Module) -> fastcam.Explainer:
@@ -67,7 +67,7 @@ def explainer(name: str, what: str, model: nn.Module) -> fastcam.Explainer:
     return fastcam.Explainer(model, options.pop("method"), **options)
 
 
-def zennit_calls(name: str) -> dict[str, tuple[str, Callable[[], torch.Tensor]]]:
+def zennit_calls(name: str, device: str) -> dict[str, tuple[str, Callable[[], torch.Tensor]]]:
     """Row -> our row it answers, and the call."""
     try:
         from zennit.attribution import Gradient
@@ -76,12 +76,12 @@ def zennit_calls(name: str) -> dict[str, tuple[str, Callable[[], torch.Tensor]]]
     except ImportError:
         print("zennit is not installed (extra 'peers'); its rows are left out")
         return {}
-    images, targets = batch()
-    seeds = torch.eye(1000)[targets]
+    images, targets = batch(device)
+    seeds = torch.eye(1000, device=device)[targets]
     found = {}
     for composite in ("epsilon_plus", "epsilon_alpha2_beta1"):
         canonizer = ResNetCanonizer() if "resnet" in name else VGGCanonizer()
-        attributor = Gradient(network(name), COMPOSITES[composite](canonizers=[canonizer]))
+        attributor = Gradient(network(name, device), COMPOSITES[composite](canonizers=[canonizer]))
         attributor.register_composite() if hasattr(attributor, "register_composite") else attributor.__enter__()
         found[f"zennit {composite}"] = (
             f"lrp {composite}",
@@ -91,8 +91,9 @@ def zennit_calls(name: str) -> dict[str, tuple[str, Callable[[], torch.Tensor]]]
 
 
 def measure(name: str, group: dict[str, dict[str, Any]], options: Any) -> list[dict[str, Any]]:
-    model = network(name)
-    images, targets = batch()
+    device = options.device
+    model = network(name, device)
+    images, targets = batch(device)
 
     def forward() -> None:
         with torch.inference_mode():
@@ -108,14 +109,14 @@ def measure(name: str, group: dict[str, dict[str, Any]], options: Any) -> list[d
             match[what] = harness.agree(made(images, targets).maps, maps, 2e-3)
         ours[what] = maps
         calls[what] = lambda made=made: made(images, targets)
-    theirs = zennit_calls(name) if any(what.startswith("lrp") for what in group) else {}
+    theirs = zennit_calls(name, device) if any(what.startswith("lrp") for what in group) else {}
     for label, (answers, call) in theirs.items():
         found = call().sum(1)
         found = found / found.flatten(1).abs().amax(1).reshape(-1, 1, 1)
         # The release keeps eps in merged batch norms, which moves ResNet maps by some 1e-4.
         match[label] = harness.agree(found, ours[answers], 2e-2)
         calls[label] = call
-    times = harness.alternate(calls, options.rounds, warmup=1)
+    times = harness.alternate(calls, options.rounds, device, warmup=1)
     rows = []
     for label, seconds in times.items():
         correct, error = match[label]
@@ -145,7 +146,7 @@ def peak_mib(name: str, what: str) -> float:
 
 def main() -> None:
     harness.keep_heap()
-    options = harness.arguments((__doc__ or "").splitlines()[0]).parse_args()
+    options = harness.arguments((__doc__ or "").splitlines()[0], harness.DEVICES).parse_args()
     torch.set_num_threads(options.threads)
     rows: dict[str, dict[str, Any]] = {}
     for name in LAYERS:
@@ -154,7 +155,7 @@ def main() -> None:
                 rows |= {entry["name"]: entry for entry in measure(name, group, options) if entry["name"] not in rows}
     more: dict[str, Any] = {}
     for name in LAYERS:
-        if options.only in f"peak {name}":
+        if options.device == "cpu" and options.only in f"peak {name}":
             for what in ("autograd", *MEMORY):
                 more[f"peak_mib {name} {what}"] = round(peak_mib(name, what), 1)
                 print(name, what, more[f"peak_mib {name} {what}"], flush=True)

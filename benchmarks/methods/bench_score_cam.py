@@ -1,6 +1,6 @@
 """Score-CAM on ResNet-18, one image of 224 x 224, 512 masks: seconds beside TorchCAM at the same chunk size.
 
-    python -P benchmarks/methods/bench_score_cam.py [--rounds 5]
+    python -P benchmarks/methods/bench_score_cam.py [--device cuda] [--rounds 5]
 
 Random weights, float32. F is the model's own forward on one image under `inference_mode`; 512 masked images of it in
 chunks are what any implementation has to run. Correctness first: coefficients against TorchCAM's in its own order of
@@ -29,13 +29,13 @@ from fastcam._testing.models import torchvision_models
 CHUNK, SIDE, TARGET = 32, 224, 7
 
 
-def resnet() -> nn.Module:
+def resnet(device: str = "cpu") -> nn.Module:
     torch.manual_seed(0)
-    return torchvision_models().resnet18(weights=None).eval()
+    return torchvision_models().resnet18(weights=None).eval().to(device)
 
 
-def image() -> torch.Tensor:
-    return torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
+def image(device: str = "cpu") -> torch.Tensor:
+    return torch.randn(1, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1)).to(device)
 
 
 def torchcam_call(model: nn.Module, images: torch.Tensor) -> Callable[[], list[torch.Tensor]] | None:
@@ -58,7 +58,8 @@ def torchcam_call(model: nn.Module, images: torch.Tensor) -> Callable[[], list[t
 
 
 def measure(options: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    model, images = resnet(), image()
+    device = options.device
+    model, images = resnet(device), image(device)
     settings: dict[str, Any] = {"layer": "layer4", "chunk": CHUNK}
     full = fastcam.Explainer(model, "score_cam", **settings)
     half = fastcam.Explainer(model, "score_cam", precision="bf16", channels_last=True, **settings)
@@ -75,7 +76,7 @@ def measure(options: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     match["score_cam"] = harness.agree(expected.maps, slow.maps, 1e-4)
     calls["score_cam"] = lambda: full(images, TARGET)
     facts = {}
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
         bf16 = half(images, TARGET).maps
         cosine = float(nn.functional.cosine_similarity(expected.maps.flatten(1), bf16.flatten(1)).min())
         match["score_cam, bf16 channels_last"] = (cosine > 0.99, 1 - cosine)
@@ -83,12 +84,12 @@ def measure(options: Any) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         facts["bf16_cosine"] = round(cosine, 5)
     else:
         print("this processor has no bf16 arithmetic; the bf16 row is left out")
-    peer = torchcam_call(resnet(), images)
+    peer = torchcam_call(resnet(device), images)
     if peer is not None:
         theirs = fastcam.Explainer(model, "score_cam", order="minmax_then_resize", size="layer", **settings)
         match["torchcam"] = harness.agree(torch.as_tensor(peer()[0]), theirs(images, TARGET).maps, 1e-3)
         calls["torchcam"] = peer
-    times = harness.alternate(calls, options.rounds, warmup=1)
+    times = harness.alternate(calls, options.rounds, device, warmup=1)
     rows = []
     for name, seconds in times.items():
         ratios = {"times_forward": harness.ratio(times, name, "forward")}
@@ -109,13 +110,14 @@ def peak_mib(chunk: int) -> float:
 
 def main() -> None:
     harness.keep_heap()
-    parser = harness.arguments(__doc__.splitlines()[0])
+    parser = harness.arguments(__doc__.splitlines()[0], harness.DEVICES)
     parser.set_defaults(rounds=5)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     start = time.time()
     rows, more = measure(options)
-    more |= {f"peak_mib_chunk_{chunk}": round(peak_mib(chunk), 1) for chunk in (8, CHUNK)}
+    if options.device == "cpu":
+        more |= {f"peak_mib_chunk_{chunk}": round(peak_mib(chunk), 1) for chunk in (8, CHUNK)}
     harness.table(rows, ["name", "times_forward", "times_torchcam", "median_us", "iqr_us", "max_err", "match"])
     print(json.dumps(more, indent=1))
     seconds = round(time.time() - start)

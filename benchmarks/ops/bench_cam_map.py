@@ -17,7 +17,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import _harness as harness
 
-import fastcam
 from fastcam import ops, reference
 
 SIZE = (224, 224)
@@ -60,7 +59,7 @@ def bmm(a: Tensor, w: Tensor, size: tuple[int, int] | None) -> Tensor:
 
 def main() -> None:
     """Measure all rows and write the file."""
-    options = harness.arguments((__doc__ or "").splitlines()[0]).parse_args()
+    options = harness.arguments((__doc__ or "").splitlines()[0], harness.DEVICES).parse_args()
     torch.set_num_threads(options.threads)
     rows = []
     for (regime, shape, targets, size), layout, dtype in itertools.product(
@@ -100,7 +99,6 @@ def main() -> None:
                 dtype=str(dtype),
                 layout=layout,
                 regime=regime,
-                backend=fastcam.backends()["ops"]["cam_map"][options.device]["auto"],
             )
         )
     harness.write("cam_map", options.device, rows, options.out)

@@ -16,7 +16,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import _harness as harness
 
-import fastcam
 from fastcam import ops, reference
 
 MODES = ("mean", "sum", "xgrad", "grad_cam_pp")
@@ -47,7 +46,7 @@ def eager(a: Tensor, g: Tensor, mode: str) -> Tensor:
 
 def main() -> None:
     """Measure all rows and write the file."""
-    options = harness.arguments((__doc__ or "").splitlines()[0]).parse_args()
+    options = harness.arguments((__doc__ or "").splitlines()[0], harness.DEVICES).parse_args()
     torch.set_num_threads(options.threads)
     rows = []
     for (regime, shape), layout, mode in itertools.product(SHAPES, LAYOUTS, MODES):
@@ -80,7 +79,6 @@ def main() -> None:
                 dtype="torch.float32",
                 layout=layout,
                 regime=regime,
-                backend=fastcam.backends()["ops"]["channel_weights"][options.device]["auto"],
             )
         )
     harness.write("channel_weights", options.device, rows, options.out)

@@ -17,7 +17,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import _harness as harness
 
-import fastcam
 from fastcam import ops, reference
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -44,7 +43,7 @@ compiled = torch.compile(eager, dynamic=False)
 
 def main() -> None:
     """Measure all rows and write the file."""
-    options = harness.arguments((__doc__ or "").splitlines()[0]).parse_args()
+    options = harness.arguments((__doc__ or "").splitlines()[0], harness.DEVICES).parse_args()
     torch.set_num_threads(options.threads)
     rows = []
     for (regime, shape, maps, start, count), layout, dtype in itertools.product(
@@ -85,7 +84,6 @@ def main() -> None:
                 dtype=str(dtype),
                 layout=layout,
                 regime=regime,
-                backend=fastcam.backends()["ops"]["mask_by_features"][options.device]["auto"],
             )
         )
     harness.write("mask_by_features", options.device, rows, options.out)

@@ -16,7 +16,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import _harness as harness
 
-import fastcam
 from fastcam import ops, reference
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -39,7 +38,7 @@ compiled = torch.compile(eager, dynamic=False)
 
 def main() -> None:
     """Measure all rows and write the file."""
-    options = harness.arguments((__doc__ or "").splitlines()[0]).parse_args()
+    options = harness.arguments((__doc__ or "").splitlines()[0], harness.DEVICES).parse_args()
     torch.set_num_threads(options.threads)
     rows = []
     for (regime, shape, steps, plain), layout, dtype in itertools.product(
@@ -73,7 +72,6 @@ def main() -> None:
                 dtype=str(dtype),
                 layout=layout,
                 regime=regime,
-                backend=fastcam.backends()["ops"]["perturb_by_rank"][options.device]["auto"],
             )
         )
     harness.write("perturb_by_rank", options.device, rows, options.out)

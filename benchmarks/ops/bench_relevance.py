@@ -19,7 +19,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import _harness as harness
 
-import fastcam
 from fastcam import ops, reference
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -142,7 +141,7 @@ def tensors(names: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str,
 
 def main() -> None:
     """Measure all rows and write the file."""
-    options = harness.arguments((__doc__ or "").splitlines()[0]).parse_args()
+    options = harness.arguments((__doc__ or "").splitlines()[0], harness.DEVICES).parse_args()
     torch.set_num_threads(options.threads)
     rows = []
     for (network, shape), dtype, layout, (case, calls) in itertools.product(SHAPES, DTYPES, LAYOUTS, CASES.items()):
@@ -170,7 +169,6 @@ def main() -> None:
                 dtype=str(dtype),
                 layout=layout,
                 network=network,
-                backend=fastcam.backends()["ops"][op][options.device]["auto"],
             )
         )
     harness.write("relevance_ops", options.device, rows, options.out)

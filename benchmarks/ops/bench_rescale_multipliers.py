@@ -17,7 +17,6 @@ from torch.nn.functional import leaky_relu
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import _harness as harness
 
-import fastcam
 from fastcam import ops, reference
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -42,7 +41,7 @@ def eager(g: Tensor, u: Tensor, r: Tensor, slope: float) -> Tensor:
 
 def main() -> None:
     """Measure all rows and write the file."""
-    options = harness.arguments((__doc__ or "").splitlines()[0]).parse_args()
+    options = harness.arguments((__doc__ or "").splitlines()[0], harness.DEVICES).parse_args()
     torch.set_num_threads(options.threads)
     rows = []
     for (regime, shape), dtype, layout, slope in itertools.product(SHAPES, DTYPES, LAYOUTS, SLOPES):
@@ -75,7 +74,6 @@ def main() -> None:
                 dtype=str(dtype),
                 layout=layout,
                 regime=regime,
-                backend=fastcam.backends()["ops"]["rescale_multipliers"][options.device]["auto"],
             )
         )
     harness.write("rescale_multipliers", options.device, rows, options.out)

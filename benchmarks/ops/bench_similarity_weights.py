@@ -17,7 +17,6 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import _harness as harness
 
-import fastcam
 from fastcam import ops, reference
 
 TERMS = ("cosine", "neg_sq", "inverse")
@@ -44,7 +43,7 @@ compiled = torch.compile(eager, dynamic=False)
 
 def main() -> None:
     """Measure all rows and write the file."""
-    options = harness.arguments((__doc__ or "").splitlines()[0]).parse_args()
+    options = harness.arguments((__doc__ or "").splitlines()[0], harness.DEVICES).parse_args()
     torch.set_num_threads(options.threads)
     rows = []
     for (regime, first, second, channels), term, weighting in itertools.product(SHAPES, TERMS, WEIGHTINGS):
@@ -71,7 +70,6 @@ def main() -> None:
                 weighting=weighting,
                 dtype="torch.float32",
                 regime=regime,
-                backend=fastcam.backends()["ops"]["similarity_weights"][options.device]["auto"],
             )
         )
     harness.write("similarity_weights", options.device, rows, options.out)
