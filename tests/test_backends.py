@@ -23,8 +23,10 @@ needs_cpp = pytest.mark.skipif(_extension.why_not() is not None, reason="extensi
 
 @pytest.fixture
 def fresh_table(monkeypatch):
-    """Nothing resolved yet, so that this test sees the first call."""
+    """Nothing resolved yet, so that this test sees the first call, and the choice left to `auto`."""
     monkeypatch.setattr(backends, "_TABLE", {})
+    with fastcam.backend("auto"):
+        yield
 
 
 @pytest.fixture

@@ -58,6 +58,7 @@ def check_impute_linear(got: Tensor, images: Tensor, missing: Tensor, iterations
     assert iterations >= 20
     assert got.dtype == images.dtype
     assert got.is_contiguous()
+    got, images, missing = got.cpu(), images.cpu(), missing.cpu()
     known = ~missing.unsqueeze(1).expand_as(images)
     assert torch.equal(got[known], images[known])
     wide = torch.promote_types(images.dtype, torch.float32)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fastcam
+from fastcam._testing import fuzz
 from fastcam._testing.imputation import check_impute_linear, holes
 from fastcam._testing.kernel_cases import (
     LAYOUTS,
@@ -40,10 +41,13 @@ ORDERS = ("resize_then_minmax", "minmax_then_resize")
 
 @pytest.fixture(params=["cuda", "triton"])
 def implementation(request):
-    """Forces one of them; a machine without it skips, and says why."""
-    reason = fastcam.backends()["available"][request.param]
+    """Forces one of them; a machine without it skips and says why, as does one where the other is in force."""
+    facts = fastcam.backends()
+    reason = facts["available"][request.param]
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
+    if facts["chosen"] not in ("auto", request.param):
+        pytest.skip(f"FASTCAM_BACKEND={facts['chosen']}")
     with fastcam.backend(request.param):
         yield request.param
 
@@ -434,8 +438,8 @@ def test_similarity_weights_have_the_same_bits_fifty_times_and_in_any_batch(impl
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_small_impute_linear_layouts_and_dtypes(implementation, layout, dtype):
     for shape in ((5, 3, 13, 18), (6, 1, 33, 24), (5, 2, 3, 40)):
-        images, missing = values(shape, dtype, 1, layout), holes(shape[0], *shape[2:], 0)
-        check_impute_linear(fastcam.ops.impute_linear(images, missing.cuda(), 20).cpu(), images.cpu(), missing)
+        images, missing = values(shape, dtype, 1, layout), holes(shape[0], *shape[2:], 0).cuda()
+        check_impute_linear(fastcam.ops.impute_linear(images, missing, 20), images, missing)
 
 
 def test_impute_linear_of_photographs_has_the_same_bits_in_any_batch(implementation):
@@ -447,6 +451,12 @@ def test_impute_linear_of_photographs_has_the_same_bits_in_any_batch(implementat
     assert (got - images).abs().max() < 2e-3
     assert torch.equal(got, got[:1].expand_as(got))
     assert torch.equal(fastcam.ops.impute_linear(images[:1, 1:2], missing[:1]), got[:1, 1:2])
+
+
+@pytest.mark.parametrize("op", fuzz.CASES)
+def test_fuzz(implementation, op):
+    for seed in range(40):
+        fuzz.run(op, seed, implementation)
 
 
 def test_small_empty_batch(implementation):

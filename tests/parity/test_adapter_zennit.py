@@ -7,6 +7,7 @@ norms get eps = 0, which is what its source repository does.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import logging
 
 import pytest
@@ -18,8 +19,11 @@ from fastcam._testing.models import seeded, torchvision_models
 
 pytestmark = pytest.mark.peers
 
+for package in ("torchvision", "zennit"):  # without a look inside: collected where neither is
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"needs {package}, extra 'peers'", allow_module_level=True)
 models = torchvision_models()  # before Zennit, which imports torchvision itself
-peer = pytest.importorskip("zennit.attribution", reason="needs zennit, extra 'peers'")
+from zennit import attribution as peer  # noqa: E402
 from zennit import composites, rules, torchvision  # noqa: E402
 from zennit.canonizers import SequentialMergeBatchNorm  # noqa: E402
 from zennit.core import BasicHook, Stabilizer  # noqa: E402

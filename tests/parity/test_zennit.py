@@ -6,6 +6,8 @@ norms get eps = 0, which is what its source repository does.
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 from torch import nn
@@ -15,8 +17,10 @@ from fastcam._testing.models import torchvision_models
 
 pytestmark = pytest.mark.peers
 
+for package in ("torchvision", "zennit"):  # without a look inside: collected where neither is
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"needs {package}, extra 'peers'", allow_module_level=True)
 models = torchvision_models()  # before Zennit, which imports torchvision itself
-zennit = pytest.importorskip("zennit")
 from zennit.attribution import Gradient  # noqa: E402
 from zennit.canonizers import SequentialMergeBatchNorm  # noqa: E402
 from zennit.composites import COMPOSITES  # noqa: E402
