@@ -2,7 +2,10 @@
 # Build with CUDA, test every backend and run the benchmarks on a machine with a GPU. Needs no network and changes
 # nothing but benchmarks/results/.
 #
-#   .ci/gpu-check.sh [--sanitize] [--slow]      PYTHON=python3: one that has torch with CUDA, triton and pytest
+#   .ci/gpu-check.sh [--sanitize] [--slow]      PYTHON=python3: one that has torch with CUDA, triton, torchvision and pytest
+#
+# The op benchmarks time CUDA C++ and Triton in the same turns: which of them `auto` takes (_AUTO_ORDER in
+# fastcam/backends.py) follows what they leave in benchmarks/results/. Packages that are missing cost the tests that need them.
 #
 # --sanitize: instead, run the small GPU tests under compute-sanitizer. By hand, the same is
 #   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 1 \
@@ -13,21 +16,22 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
 python=${PYTHON:-python3}
-sanitize=0 marks="not slow and not packaging"
+sanitize=0 marks="not packaging and not peers and not slow"
 for option in "$@"; do
     case $option in
         --sanitize) sanitize=1 ;;
-        --slow) marks="not packaging" ;;
+        --slow) marks="not packaging and not peers" ;;
         *) echo "unknown option $option; known: --sanitize --slow" >&2; exit 2 ;;
     esac
 done
 
 "$python" - <<'PY' || exit 1
+import importlib.util
 import sys
-try:
-    import torch
-except ImportError as error:
-    sys.exit(f"gpu-check: {sys.executable} has no torch ({error}). Cure: PYTHON=<python with torch for CUDA> make gpu-check")
+for package in ("torch", "triton", "torchvision", "pytest", "setuptools", "ninja", "pybind11"):
+    if importlib.util.find_spec(package) is None:
+        sys.exit(f"gpu-check: {sys.executable} has no {package}. Cure: PYTHON=<python with torch for CUDA> make gpu-check")
+import torch
 if torch.version.cuda is None:
     sys.exit(f"gpu-check: torch {torch.__version__} is a CPU build. Cure: PYTHON=<python with torch for CUDA> make gpu-check")
 if not torch.cuda.is_available():
@@ -46,7 +50,8 @@ FASTCAM_BUILD_CUDA=1 "$python" -m pip install -q --no-index --no-build-isolation
     >"$scratch/log/build" 2>&1 || { tail -60 "$scratch/log/build" >&2; echo "gpu-check: the build failed" >&2; exit 1; }
 # The tests and benchmarks of the copy, the installed package: a checkout ahead of it on the path would hide `_C`.
 rm -rf fastcam
-export PYTHONPATH=$scratch/site FASTCAM_STRICT=1
+# TF32 would make other numbers of float32 convolutions than the CPU and the references have.
+export PYTHONPATH=$scratch/site FASTCAM_STRICT=1 NVIDIA_TF32_OVERRIDE=0
 "$python" -P -m fastcam.info || true
 
 if [ "$sanitize" = 1 ]; then
@@ -64,49 +69,34 @@ for backend in reference cuda triton auto; do
         --junitxml="$scratch/log/$backend.xml" -o junit_logging=no || status=1
 done
 
+# What is measured belongs to the checkout's commit; the copy has none.
+if git_dir=$(git -C "$root" rev-parse --absolute-git-dir 2>/dev/null); then
+    export GIT_DIR=$git_dir GIT_WORK_TREE=$root
+fi
 for benchmark in benchmarks/ops/*.py benchmarks/methods/*.py benchmarks/growth/*.py; do
-    [ -e "$benchmark" ] || continue
     echo "gpu-check: $benchmark --device cuda"
     "$python" -P "$benchmark" --device cuda || status=1
 done
-mkdir -p "$root/benchmarks/results"
-[ ! -d benchmarks/results ] || cp -r benchmarks/results/. "$root/benchmarks/results/"
 
-"$python" -P - "$scratch/log" "$root/benchmarks/results" <<'PY'
-import json
+"$python" -P - "$scratch/log" <<'PY' || status=1
 import pathlib
-import re
-import subprocess
 import sys
 import xml.etree.ElementTree as tree
 
-import torch
-import triton
+sys.path.insert(0, "benchmarks")
+import _harness as harness
 
-logs, results = map(pathlib.Path, sys.argv[1:])
 rows = []
 for backend in ("reference", "cuda", "triton", "auto"):
-    report = logs / f"{backend}.xml"
-    if not report.exists():
-        rows.append({"backend": backend, "tests": 0, "failures": 0, "errors": 1, "skipped": 0, "seconds": 0.0})
-        continue
-    suite = tree.parse(report).getroot().find("testsuite")
-    counts = {key: int(suite.get(key)) for key in ("tests", "failures", "errors", "skipped")}
-    rows.append({"backend": backend, **counts, "seconds": round(float(suite.get("time")), 1)})
-driver = subprocess.run(
-    ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-).stdout.split("\n")[0]
-gpu = torch.cuda.get_device_name()
-metadata = {
-    "gpu": gpu, "driver": driver, "torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda,
-}
-slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-path = results / f"gpu-check--{slug}.json"
-path.write_text(json.dumps({"metadata": metadata, "suites": rows}, indent=1) + "\n")
-print(f"\n{gpu}, driver {driver}, torch {torch.__version__}, triton {triton.__version__}")
-print(f"{'backend':12}{'tests':>8}{'failed':>8}{'skipped':>9}{'seconds':>9}")
-for row in rows:
-    print(f"{row['backend']:12}{row['tests']:8}{row['failures'] + row['errors']:8}{row['skipped']:9}{row['seconds']:9}")
-print(f"written: {path}")
+    report = pathlib.Path(sys.argv[1], f"{backend}.xml")
+    counts = {"tests": 0, "failures": 0, "errors": 1, "skipped": 0, "time": 0}  # the run broke off
+    if report.exists():
+        counts = tree.parse(report).getroot().find("testsuite").attrib
+    row = {key: int(counts[key]) for key in ("tests", "failures", "errors", "skipped")}
+    rows.append({"name": backend, **row, "seconds": float(counts["time"])})
+harness.table(rows, list(rows[0]))
+harness.write("gpu_check", "cuda", rows, harness.ROOT / "results", tuple(rows[0]))
 PY
+mkdir -p "$root/benchmarks/results"
+cp -r benchmarks/results/. "$root/benchmarks/results/"
 exit $status

@@ -75,8 +75,11 @@ def metadata(device: str = "cpu") -> dict[str, Any]:
 
 
 def _output(*command: str) -> str | None:
-    """What a command prints, in fastcam's checkout; None where it fails, or where fastcam was installed without one."""
-    if not (_CHECKOUT / "csrc").is_dir() and command[0] == "git":
+    """What a command prints, in fastcam's checkout; None where it fails, or where fastcam was installed without one.
+
+    GIT_DIR and GIT_WORK_TREE, git's own variables, name the checkout that an installed fastcam was built from.
+    """
+    if command[0] == "git" and not (_CHECKOUT / "csrc").is_dir() and "GIT_DIR" not in os.environ:
         return None
     try:
         done = subprocess.run(command, cwd=_CHECKOUT, capture_output=True, text=True, check=False)

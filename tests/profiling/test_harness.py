@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from torch import nn
 
 import fastcam
 from fastcam import _extension, ops
+from fastcam.profiling import results
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 A, W = torch.rand(1, 3, 4, 4), torch.rand(1, 3)
@@ -73,3 +75,14 @@ def test_suites_run_where_they_say(harness, monkeypatch):
         monkeypatch.setattr(bench, "torchvision_models", lambda: small)
         assert bench.network("resnet50", "meta").weight.is_meta
         assert all(x.is_meta for x in bench.batch("meta"))
+
+
+def test_an_installed_package_finds_the_checkout_that_git_is_told(monkeypatch, tmp_path):
+    commit = subprocess.run(("git", "rev-parse", "HEAD"), cwd=BENCHMARKS, capture_output=True, text=True)
+    if commit.returncode:
+        pytest.skip("not a git checkout")
+    monkeypatch.delenv("GIT_DIR", raising=False)
+    monkeypatch.setattr(results, "_CHECKOUT", tmp_path)
+    assert results._output("git", "rev-parse", "HEAD") is None
+    monkeypatch.setenv("GIT_DIR", str(BENCHMARKS.parent / ".git"))
+    assert results._output("git", "rev-parse", "HEAD") == commit.stdout.strip()
