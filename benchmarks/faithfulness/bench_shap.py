@@ -180,7 +180,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     blocks: dict[str, Drawn] = {
         "tiny_vgg": scenes(options.images),
-        "tiny_vgg, features.14": scenes(options.images // 4, "features.14", orders=200),
+        "tiny_vgg, features.14": scenes(max(1, options.images // 4), "features.14", orders=200),
     }
     blocks |= {f"random heads, {init}": random_heads(options.draws, init) for init in INITS}
     found = {block: rows(block, drawn) for block, drawn in blocks.items()}

@@ -122,7 +122,7 @@ def op_rows(options: Any) -> Iterator[dict[str, Any]]:
                 scale = max(float(part.abs().max()) for part in tensors(expected))
                 yield harness.op_row(
                     label, lambda call=call: tensors(call()), {}, tensors(expected), 1e-4 * scale, one.nbytes, options,
-                    kind="op", subject=name, axis=axis, value=value, shape=shape, targets=targets,
+                    op=name, kind="op", subject=name, axis=axis, value=value, shape=shape, targets=targets,
                 )  # fmt: skip
 
 
