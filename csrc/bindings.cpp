@@ -1,5 +1,5 @@
-// fastcam._C: facts about this build, hashes of weights and outlines of models. The ops themselves are registered with the dispatcher, not
-// bound here.
+// fastcam._C: facts about this build, hashes of weights, outlines of models, and a short way from Python to the ops,
+// which are registered with the dispatcher.
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/pybind11.h>
@@ -15,6 +15,7 @@
 #include "cpu/leaf.h"
 #include "cpu/result_memory.h"
 #include "modules.h"
+#include "plain_calls.h"
 
 namespace py = pybind11;
 using fastcam::cpu::Isa;
@@ -99,6 +100,7 @@ PYBIND11_MODULE(_C, m) {
   }
   fastcam::cpu::result_pool();  // a bad FASTCAM_RESULT_POOL is an error now, not in the middle of an op
   ops_at_load();
+  if (PyModule_AddFunctions(m.ptr(), fastcam::plain_calls()) != 0) throw py::error_already_set();
   m.def("build_config", &build_config, "Compiler, instruction sets, threads, torch version and ops of this build.");
   m.def("result_pool", &result_pool, "Limit of the memory kept for large results, and what of it is idle, in bytes.");
   m.def("fingerprints", &fastcam::cpu::fingerprints, py::call_guard<py::gil_scoped_release>(),

@@ -67,7 +67,7 @@ def registered(op: str, folder: str, ending: str) -> str:
     """Whether the op's kernel is there and registered."""
     there = (ROOT / folder / f"{op}{ending}").is_file()
     if there and ending != ".py":
-        listed = f'OP("{SCHEMAS_OF[op]}", {op},' in (ROOT / "csrc" / "register.cpp").read_text()
+        listed = f'OP("{SCHEMAS_OF[op]}", {op},' in (ROOT / "csrc" / "op_list.h").read_text()
         there = listed or f'm.impl("{SCHEMAS_OF[op]}", {op})' in (ROOT / folder / f"{op}{ending}").read_text()
     return "yes" if there else "no"
 

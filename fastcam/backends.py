@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from fastcam import _extension, _watch
 from fastcam._library import LIBRARY
@@ -46,6 +47,7 @@ class Op:
 
 _OPS: dict[str, Op] = {}
 _TABLE: dict[tuple[str, str, str], Callable[..., Any]] = {}
+_PLAIN_CALLS: dict[str, Callable[..., Any]] = {}
 
 
 def _checked(name: str, source: str) -> str:
@@ -83,6 +85,8 @@ def register(name: str, overload: Any, reference: Callable[..., Any]) -> None:
     )
     filled = torch._C._dispatch_has_kernel_for_dispatch_key
     _OPS[name] = Op(name, overload, reference, frozenset(key for key in ("CPU", "CUDA") if filled(qualified, key)))
+    if "CPU" in _OPS[name].keys:
+        _PLAIN_CALLS[name] = getattr(_extension.load(), name)
     if "CUDA" not in _OPS[name].keys:
         LIBRARY.impl(qualified.removeprefix("fastcam::"), _python_cuda_kernel(name), "CUDA")
 
@@ -102,6 +106,18 @@ def implementation(name: str, device_type: str) -> Callable[..., Any]:
     if watcher is None:
         return found
     return lambda *args, **kwargs: watcher.op(name, found, args, kwargs)
+
+
+def plain_call(name: str, *arguments: Any) -> Any:
+    """Op `name` in C++ with all its arguments, if nothing about the call is special, else NotImplemented.
+
+    What is special, `csrc/plain_calls.h` says. Special calls, and wrong ones, go the general way: through all checks,
+    which the others are spared, like most of the way to the kernel.
+    """
+    call = _PLAIN_CALLS.get(name)
+    if is_dynamo_compiling() or call is None or _watch.current() is not None or _CHOICE.get() not in ("auto", "cpp"):
+        return NotImplemented
+    return call(*arguments)
 
 
 def _resolve(name: str, device_type: str, choice: str) -> Callable[..., Any]:

@@ -36,6 +36,7 @@ def no_extension(monkeypatch, fresh_table):
     monkeypatch.setattr(_extension, "_load", lambda: _extension.ExtensionNotBuilt(reason))
     bare = {n: backends.Op(n, op.overload, op.reference, frozenset()) for n, op in backends._OPS.items()}
     monkeypatch.setattr(backends, "_OPS", bare)
+    monkeypatch.setattr(backends, "_PLAIN_CALLS", {})
     return reason
 
 

@@ -12,7 +12,7 @@ from fastcam import reference as references
 from fastcam._dtypes import accumulation_dtype
 from fastcam._library import LIBRARY
 from fastcam._tracing import graph_holds_ops
-from fastcam.backends import implementation, register
+from fastcam.backends import implementation, plain_call, register
 from fastcam.ops import _checks
 from fastcam.reference.cam_map import resize
 
@@ -59,6 +59,9 @@ def cam_map_with_raw(
     Source: Zhou et al. 2016 (CAM), Selvaraju et al. 2017 (Grad-CAM), eq. 2; resize as aten upsample_bilinear2d with
     align_corners=False.
     """
+    found = plain_call("cam_map", features, weights, reference, relu, normalize, size)
+    if found is not NotImplemented:
+        return found
     _check(features, weights, reference, size)
     if weights.dim() >= 4 and _checks.spatially_constant(weights):
         weights = weights[..., 0, 0]

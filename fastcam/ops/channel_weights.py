@@ -11,7 +11,7 @@ from fastcam import reference as references
 from fastcam._dtypes import accumulation_dtype
 from fastcam._library import LIBRARY
 from fastcam._tracing import graph_holds_ops
-from fastcam.backends import implementation, register
+from fastcam.backends import implementation, plain_call, register
 from fastcam.ops import _checks
 from fastcam.reference.channel_weights import alpha, guarded_ratio
 
@@ -40,6 +40,9 @@ def channel_weights(
     expanded over all positions are never expanded: the closed form costs at most one pass over the features.
     Source: Selvaraju et al. 2017 eq. 1; Fu et al. 2020 (XGrad-CAM) eq. 8; Chattopadhay et al. 2018 (Grad-CAM++) eq. 19.
     """
+    found = plain_call("channel_weights", features, multipliers, reference, mode)
+    if found is not NotImplemented:
+        return found
     if not (_checks.alike(features, multipliers) and reference is None and mode in MODES):
         _check(features, multipliers, reference, mode)
     if _checks.spatially_constant(multipliers):

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastcam import reference as references
 from fastcam._dtypes import accumulation_dtype
 from fastcam._library import LIBRARY
-from fastcam.backends import register
+from fastcam.backends import plain_call, register
 from fastcam.ops import _checks
 from fastcam.ops._once import differentiable_once
 from fastcam.ops._plain import run
@@ -39,6 +39,9 @@ def lfi_attend(features: Tensor, importance: Tensor, constant_map: str = "raw") 
     gradient likewise. The arguments and two maps are kept for it.
     Source: Lee et al. 2021 (LFI-CAM), its attention branch.
     """
+    found = plain_call("lfi_attend", features, importance, constant_map)
+    if found is not NotImplemented:
+        return found[:2]
     _checks.refuse_transforms("lfi_attend")
     _check(features, importance, constant_map)
     if _checks.needs_grad(features, importance):

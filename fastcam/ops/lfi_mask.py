@@ -10,7 +10,7 @@ from torch import Tensor
 from fastcam import reference as references
 from fastcam._dtypes import accumulation_dtype
 from fastcam._library import LIBRARY
-from fastcam.backends import register
+from fastcam.backends import plain_call, register
 from fastcam.ops import _checks
 from fastcam.ops._once import differentiable_once
 from fastcam.ops._plain import run
@@ -36,6 +36,9 @@ def lfi_mask(features: Tensor, grey: Tensor) -> Tensor:
     read once, features again from the cache. Only the arguments are kept for it.
     Source: Lee et al. 2021 (LFI-CAM), the masks of its feature importance network.
     """
+    found = plain_call("lfi_mask", features, grey)
+    if found is not NotImplemented:
+        return found
     _checks.refuse_transforms("lfi_mask")
     _checks.check_features("lfi_mask", features)
     check_grey("lfi_mask", grey, features)

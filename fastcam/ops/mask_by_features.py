@@ -10,7 +10,7 @@ from torch import Tensor
 from fastcam import reference as references
 from fastcam._library import LIBRARY
 from fastcam._tracing import graph_holds_ops
-from fastcam.backends import implementation, register
+from fastcam.backends import implementation, plain_call, register
 from fastcam.ops import _checks
 from fastcam.reference.mask_by_features import result_format
 
@@ -51,6 +51,9 @@ def mask_by_features(
     Source: Wang et al. 2020 (Score-CAM), s(Up(A)) times the image; Wang et al. 2020 (SS-CAM) for noise, Naidu et al.
     2020 (IS-CAM) for scale; resize as aten upsample_bilinear2d with align_corners=False.
     """
+    found = plain_call("mask_by_features", images, features, start, count, noise, scale, order)
+    if found is not NotImplemented:
+        return found
     _check(images, features, start, count, noise, scale, order)
     if graph_holds_ops():
         call = torch.ops.fastcam.mask_by_features.default

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastcam import reference as references
 from fastcam._dtypes import accumulation_dtype
+from fastcam.backends import plain_call
 from fastcam.ops import _checks
 from fastcam.ops._plain import register_plain, run
 
@@ -45,6 +46,9 @@ def overlay(
     synchronisation.
     Source: what CAM packages draw (a colour map blended with the image), with an opacity that follows the evidence.
     """
+    found = plain_call("overlay", images, maps, table, alpha, signed, mean, std)
+    if found is not NotImplemented:
+        return found
     _check(images, maps, table, alpha, signed, mean=mean, std=std)
     return run("overlay", images, maps, table, alpha, signed, mean=mean, std=std)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcam import reference as references
+from fastcam.backends import plain_call
 from fastcam.ops import _checks
 from fastcam.ops._plain import register_plain, run
 from fastcam.reference.perturb_by_rank import empty_steps
@@ -32,6 +33,9 @@ def perturb_by_rank(images: Tensor, baseline: Tensor, ranks: Tensor, counts: Ten
     that are not dense are copied once, as is a baseline of one row or one column only.
     Source: Petsiuk et al. 2018 (RISE), insertion and deletion; Samek et al. 2017, most relevant first.
     """
+    found = plain_call("perturb_by_rank", images, baseline, ranks, counts, keep)
+    if found is not NotImplemented:
+        return found
     _check(images, baseline, ranks, counts, keep=keep)
     return run("perturb_by_rank", images, baseline, ranks, counts, keep=keep)
 

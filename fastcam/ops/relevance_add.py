@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcam import reference as references
+from fastcam.backends import plain_call
 from fastcam.ops import _checks
 from fastcam.ops._plain import check_alike, register_plain, run
 
@@ -26,6 +27,9 @@ def relevance_add(
     Cost: each tensor read once, the results written once. What does not lie in their memory order is copied.
     Source: Zennit's Norm rule for sums; Montavon et al. 2019.
     """
+    found = plain_call("relevance_add", relevance, first, second, factor, epsilon)
+    if found is not NotImplemented:
+        return found
     _check(relevance, first, second, factor, epsilon)
     return run("relevance_add", relevance, first, second, factor, epsilon)
 

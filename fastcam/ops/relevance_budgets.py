@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastcam import reference as references
 from fastcam._dtypes import accumulation_dtype
+from fastcam.backends import plain_call
 from fastcam.ops._plain import check_alike, register_plain, run
 
 __all__ = ["relevance_budgets"]
@@ -24,6 +25,9 @@ def relevance_budgets(relevance: Tensor) -> Tensor:
     Cost: one read; two numbers an image written, the positive and the negative part never exist.
     Source: Nam & Lee 2024 (Attribution Equilibrium).
     """
+    found = plain_call("relevance_budgets", relevance)
+    if found is not NotImplemented:
+        return found
     _check(relevance)
     return run("relevance_budgets", relevance)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcam import reference as references
+from fastcam.backends import plain_call
 from fastcam.ops import _checks
 from fastcam.ops._plain import check_alike, register_plain, run
 from fastcam.ops.relevance_equilibrium import check_budgets, check_thrice
@@ -33,6 +34,9 @@ def relevance_combine(
     Cost: inputs and tC read twice (once without `shift`), tA and tB once, the result written once.
     Source: Nam & Lee 2024 (Attribution Equilibrium), rules read in the authors' public code.
     """
+    found = plain_call("relevance_combine", inputs, parts, budgets, shift, threshold)
+    if found is not NotImplemented:
+        return found
     _check(inputs, parts, budgets, shift, threshold)
     return run("relevance_combine", inputs, parts, budgets, shift, threshold)
 

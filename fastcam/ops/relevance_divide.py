@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcam import reference as references
+from fastcam.backends import plain_call
 from fastcam.ops import _checks
 from fastcam.ops._plain import check_alike, register_plain, run
 
@@ -26,6 +27,9 @@ def relevance_divide(relevance: Tensor, divisor: Tensor, factor: Tensor | None =
     Cost: each tensor read once, the result written once. What does not lie in the result's memory order is copied.
     Source: Bach et al. 2015; Montavon et al. 2019 (LRP): R_j / (z_j + eps sign z_j).
     """
+    found = plain_call("relevance_divide", relevance, divisor, factor, epsilon)
+    if found is not NotImplemented:
+        return found
     _check(relevance, divisor, factor, epsilon)
     return run("relevance_divide", relevance, divisor, factor, epsilon)
 

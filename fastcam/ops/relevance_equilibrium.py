@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastcam import reference as references
 from fastcam._dtypes import accumulation_dtype
+from fastcam.backends import plain_call
 from fastcam.ops import _checks
 from fastcam.ops._plain import check_alike, register_plain, run
 
@@ -29,6 +30,9 @@ def relevance_equilibrium(relevance: Tensor, budgets: Tensor, divisors: Tensor, 
     Cost: each tensor read once, the result written once. What does not lie in its memory order is copied.
     Source: Nam & Lee 2024 (Attribution Equilibrium), rules read in the authors' public code.
     """
+    found = plain_call("relevance_equilibrium", relevance, budgets, divisors, ratio)
+    if found is not NotImplemented:
+        return found
     _check(relevance, budgets, divisors, ratio)
     return run("relevance_equilibrium", relevance, budgets, divisors, ratio)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcam import reference as references
+from fastcam.backends import plain_call
 from fastcam.ops import _checks
 from fastcam.ops._plain import check_alike, register_plain, run
 from fastcam.reference.relevance_split import result_format
@@ -44,6 +45,9 @@ def relevance_split(
     Cost: each tensor read once, the result written once. What does not lie in its memory order is copied.
     Source: Bach et al. 2015 (alpha-beta); Andeol et al. 2021 (gamma); Nam et al., arXiv 1904.00605 (RAP).
     """
+    found = plain_call("relevance_split", relevance, output, positive, factor, rule, first, second, epsilon)
+    if found is not NotImplemented:
+        return found
     _check(relevance, output, positive, factor, rule=rule, first=first, second=second, epsilon=epsilon)
     numbers = {"first": first, "second": second, "epsilon": epsilon}
     return run("relevance_split", relevance, output, positive, factor, rule=rule, **numbers)

@@ -11,7 +11,7 @@ from fastcam import reference as references
 from fastcam._dtypes import accumulation_dtype
 from fastcam._library import LIBRARY
 from fastcam._tracing import graph_holds_ops
-from fastcam.backends import implementation, register
+from fastcam.backends import implementation, plain_call, register
 from fastcam.ops import _checks
 from fastcam.reference.rescale_multipliers import gain, rescale_factor
 
@@ -36,6 +36,9 @@ def rescale_multipliers(multipliers: Tensor, inputs: Tensor, reference: Tensor, 
     Cost: one pass over the three tensors. What does not lie in the result's memory order is copied to it first.
     Source: Shrikumar et al. 2017 (DeepLIFT), the Rescale rule.
     """
+    found = plain_call("rescale_multipliers", multipliers, inputs, reference, negative_slope)
+    if found is not NotImplemented:
+        return found
     _check(multipliers, inputs, reference, negative_slope)
     if _checks.needs_grad(multipliers, inputs, reference):
         return _RescaleMultipliers.apply(multipliers, inputs, reference, negative_slope)

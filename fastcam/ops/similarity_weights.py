@@ -6,6 +6,7 @@ from torch import Tensor
 
 from fastcam import reference as references
 from fastcam._dtypes import accumulation_dtype
+from fastcam.backends import plain_call
 from fastcam.ops import _checks
 from fastcam.ops._plain import register_plain, run
 
@@ -44,6 +45,9 @@ def similarity_weights(
     are not dense are copied.
     Source: Liao et al., arXiv 2506.01636 (SFAM).
     """
+    found = plain_call("similarity_weights", first, second, term, weighting, dissimilarity)
+    if found is not NotImplemented:
+        return found
     _check(first, second, term, weighting, dissimilarity)
     return run("similarity_weights", first, second, term, weighting, dissimilarity)
 

@@ -135,6 +135,7 @@ def test_a_wrong_backend_is_shown_and_gets_no_speed(clocks, monkeypatch, tmp_pat
         maps, raw, finite = right(*args, **kwargs)
         return maps * 0.9, raw, finite
 
+    monkeypatch.delitem(backends._PLAIN_CALLS, "cam_map")
     monkeypatch.setitem(backends._TABLE, ("cam_map", "cpu", "cpp"), wrong)
     report = profile(["grad_cam"], out=tmp_path)
     row = report.row("grad_cam", backend="cpp")
