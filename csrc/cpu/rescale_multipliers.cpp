@@ -2,9 +2,13 @@
 //
 // Every element is computed alone, so results depend neither on the batch nor on the thread count.
 
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+
 #include "aten.h"
-#include "cpu/layout.h"
 #include "cpu/rescale_multipliers_scale.h"
+#include "cpu/result_memory.h"
 #include "ops.h"
 #include "order.h"
 
@@ -45,9 +49,8 @@ Tensor rescale_multipliers(const Tensor& multipliers, const Tensor& inputs, cons
   const char* op = "rescale_multipliers";
   refuse_grad(op, multipliers, inputs, reference);
   check_elementwise(op, multipliers, inputs, reference);
-  const Tensor out = fastcam::empty_like(multipliers);
+  const Tensor out = empty_result_like(multipliers);
   if (out.numel() == 0) return out;
-  advise_huge_pages(out.const_data_ptr(), out.nbytes());
   const Runs x = as_runs(out, multipliers, inputs, reference);
   switch (inputs.scalar_type()) {
     case at::kDouble: compute<double, double>(x, out, negative_slope); break;

@@ -24,6 +24,15 @@ struct Rescale {
     constexpr int N = kLanes<BYTES, S>;
     const auto slope = splat<N>(a.negative_slope);
     int64_t i = 0;
+    if constexpr (sizeof(G) == 2) {
+      Vector<float, N> u[2], r[2], g[2];
+      for (; i + 2 * N <= a.count; i += 2 * N) {
+        load_pairs<N>(a.inputs + i, u[0], u[1]), load_pairs<N>(a.reference + i, r[0], r[1]);
+        load_pairs<N>(a.multipliers + i, g[0], g[1]);
+        for (int j = 0; j < 2; ++j) g[j] *= rescale_factor(u[j], r[j], slope);
+        store_pairs<N>(a.out + i, g[0], g[1]);
+      }
+    }
     for (; i + N <= a.count; i += N) {
       const auto factor = rescale_factor(load<N>(a.inputs + i), load<N>(a.reference + i), slope);
       store<N>(a.out + i, load<N>(a.multipliers + i) * factor);
