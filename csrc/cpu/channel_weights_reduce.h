@@ -84,10 +84,16 @@ struct ChannelSums {
     Row<N> features, reference, multipliers;
   };
 
-  // Of some positions, lane by lane.
+  // Of some positions, lane by lane. A constructor, so that it lives in registers: GCC 12 zeroes an aggregate in memory.
   template <int N>
   struct Chain {
     Vector<A, N> terms, totals, magnitudes;
+    FASTCAM_INLINE Chain() : terms{}, totals{}, magnitudes{} {}
+  };
+
+  // Below these channels, rows may be read to the ends of their last vectors.
+  struct Safe {
+    int64_t features, reference, multipliers;
   };
 
   template <int BYTES>
@@ -96,34 +102,68 @@ struct ChannelSums {
     a.positions <= kChain * N ? short_rows<N>(a) : long_rows<N>(a);
   }
 
-  // Rows of one chain: nothing is added in doubles, and N rows' lanes are added up together.
+  // Rows of one chain: nothing is added in doubles, and N rows' lanes are added up together. Memory fetches two streams faster
+  // than one: two such groups are taken in turn from both halves of the channels, or the multipliers of one beside the features
+  // of the next.
   template <int N>
   static FASTCAM_INLINE void short_rows(const ChannelArgs<S>& a) {
+    const Safe safe = safe_channels<N>(a);
+    if constexpr (Formula<MODE, A, A>::kTotalsFirst) {
+      A shifts[N];
+      totals_of<N>(a, safe, a.k0, shifts);
+      for (int64_t k = a.k0; k < a.k1; k += N) groups<N, 1>(a, safe, k, 0, smaller(N, a.k1 - k), shifts);
+    } else {
+      const int64_t half = (a.k1 - a.k0) / (2 * N) * N;
+      for (int64_t k = a.k0; k < a.k0 + half; k += N) groups<N, 2>(a, safe, k, half, N, nullptr);
+      for (int64_t k = a.k0 + 2 * half; k < a.k1; k += N) groups<N, 1>(a, safe, k, 0, smaller(N, a.k1 - k), nullptr);
+    }
+  }
+
+  // Of the N channels from k on, or as many as there are.
+  template <int N>
+  static FASTCAM_INLINE void totals_of(const ChannelArgs<S>& a, const Safe& safe, int64_t k, A* found) {
+    Vector<A, N> totals[N];
+    for (int64_t j = 0; j < N; ++j) totals[j] = total_of<N>(a, safe, k + j);
+    store<N>(found, horizontal_sums<N>(totals));
+  }
+
+  // Of a channel's features, lane by lane; 0 beyond the channels.
+  template <int N>
+  static FASTCAM_INLINE Vector<A, N> total_of(const ChannelArgs<S>& a, const Safe& safe, int64_t k) {
+    if (k >= a.k1) return Vector<A, N>{};
+    return chain<N, false, true>(rows_at<N>(a, safe, 0, k), 0, a.positions, Vector<A, N>{}).totals;
+  }
+
+  // GROUPS of `rows` rows, the first from channel k on, the next `apart` channels on. Where terms depend on the totals, `shifts`
+  // has those of the group, and then those of the one after it.
+  template <int N, int GROUPS>
+  static FASTCAM_INLINE void groups(const ChannelArgs<S>& a, const Safe& safe, int64_t k, int64_t apart, int64_t rows,
+                                    A* shifts) {
     using V = Vector<A, N>;
     using F = Formula<MODE, V, A>;
-    const Safe safe = safe_channels<N>(a);
     const int64_t positions = a.positions;
-    for (int64_t k = a.k0; k < a.k1; k += N) {
-      const int64_t rows = smaller(N, a.k1 - k);
-      V terms[N] = {}, totals[N] = {}, magnitudes[N] = {}, total = {}, magnitude = {};
-      A shifts[N] = {};
-      if constexpr (F::kTotalsFirst) {
-        for (int64_t j = 0; j < rows; ++j) {
-          totals[j] = chain<N, false, true>(rows_at<N>(a, safe, 0, k + j), 0, positions, V{}).totals;
+    V terms[GROUPS][N], totals[GROUPS][N], magnitudes[GROUPS][N], total[GROUPS] = {}, magnitude[GROUPS] = {};
+    for (int64_t j = rows; j < N; ++j) terms[0][j] = totals[0][j] = magnitudes[0][j] = V{};
+    for (int64_t t = 0; t < a.targets; ++t) {
+      for (int64_t j = 0; j < rows; ++j) {
+        for (int g = 0; g < GROUPS; ++g) {
+          const V shift = F::kTotalsFirst ? splat<N>(shifts[j]) : V{};
+          const auto x = rows_at<N>(a, safe, t, k + g * apart + j);
+          const auto found = chain<N, true, F::kTotalsBeside>(x, 0, positions, shift);
+          terms[g][j] = found.terms;
+          if constexpr (F::kTotalsBeside) totals[g][j] = found.totals, magnitudes[g][j] = found.magnitudes;
         }
-        store<N>(shifts, horizontal_sums<N>(totals));
+        if (F::kTotalsFirst && t == 0) totals[0][j] = total_of<N>(a, safe, k + N + j);
       }
-      for (int64_t t = 0; t < a.targets; ++t) {
-        for (int64_t j = 0; j < rows; ++j) {
-          const auto found = chain<N, true, F::kTotalsBeside>(rows_at<N>(a, safe, t, k + j), 0, positions, splat<N>(shifts[j]));
-          terms[j] = found.terms;
-          if constexpr (F::kTotalsBeside) totals[j] = found.totals, magnitudes[j] = found.magnitudes;
+      for (int g = 0; g < GROUPS; ++g) {
+        if (F::kTotalsBeside && t == 0) {
+          total[g] = horizontal_sums<N>(totals[g]), magnitude[g] = horizontal_sums<N>(magnitudes[g]);
         }
-        if (F::kTotalsBeside && t == 0) total = horizontal_sums<N>(totals), magnitude = horizontal_sums<N>(magnitudes);
-        const V found = finished<MODE, A>(horizontal_sums<N>(terms), total, magnitude, positions);
-        store_first<N>(a.out + t * a.channels + k, found, rows);
+        const V found = finished<MODE, A>(horizontal_sums<N>(terms[g]), total[g], magnitude[g], positions);
+        store_first<N>(a.out + t * a.channels + k + g * apart, found, rows);
       }
     }
+    if constexpr (F::kTotalsFirst) store<N>(shifts, horizontal_sums<N>(totals[0]));
   }
 
   // Chains end in doubles.
@@ -156,11 +196,6 @@ struct ChannelSums {
     }
   }
 
-  // Below these channels, rows may be read to the ends of their last vectors.
-  struct Safe {
-    int64_t features, reference, multipliers;
-  };
-
   template <int N>
   static FASTCAM_INLINE Safe safe_channels(const ChannelArgs<S>& a) {
     const int64_t overrun = (N - a.positions % N) % N;
@@ -178,7 +213,7 @@ struct ChannelSums {
   // Positions [start, end).
   template <int N, bool TERMS, bool TOTALS>
   static FASTCAM_INLINE Chain<N> chain(const Rows<N>& x, int64_t start, int64_t end, Vector<A, N> shift) {
-    Chain<N> found = {};
+    Chain<N> found;
     int64_t p = start;
     for (; p + N <= end; p += N) add<N, TERMS, TOTALS>(x, p, N, shift, found);
     if (p < end) add<N, TERMS, TOTALS>(x, p, end - p, shift, found);
