@@ -73,6 +73,11 @@ def backend(name: str) -> Iterator[None]:
         _CHOICE.reset(token)
 
 
+def chosen() -> str:
+    """The backend in force in this thread or task."""
+    return _CHOICE.get()
+
+
 def register(name: str, overload: Any, reference: Callable[..., Any]) -> None:
     """Make an op known; called once by each `fastcam/ops/<op>.py` after its schema, reference and fake are in place.
 
@@ -207,7 +212,7 @@ def backends() -> dict[str, Any]:
             reasons = {candidate: reason for candidate, (call, reason) in found.items() if call is None}
             ops[name][device] = {"auto": auto, "reasons": reasons}
     return {
-        "chosen": _CHOICE.get(),
+        "chosen": chosen(),
         "strict": _STRICT,
         "available": {candidate: _availability(candidate, ops) for candidate in BACKENDS[1:]},
         "ops": ops,

@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -187,3 +188,25 @@ def test_works_where_triton_is_absent():
     )
     result = python(code)
     assert result.returncode == 0, result.stderr
+
+
+@needs_cpp
+def test_the_backward_pass_runs_by_the_backend_of_the_forward_pass(monkeypatch, fresh_table):
+    """Autograd runs it in a thread of its own on GPUs, which knows nothing of the caller's choice."""
+    calls = []
+
+    def spy(name):
+        op = backends._OPS[name]
+        counted = lambda *a: (calls.append(name), op.reference(*a))[1]  # noqa: E731
+        monkeypatch.setitem(backends._OPS, name, backends.Op(name, op.overload, counted, op.keys))
+
+    spy("lfi_mask_backward")
+    spy("lfi_attend_backward")
+    features = torch.rand(1, 3, 4, 4, requires_grad=True)
+    with fastcam.backend("reference"):
+        total = ops.lfi_mask(features, torch.rand(1, 1, 4, 4)).sum() + ops.lfi_attend(features, W)[0].sum()
+    thread = threading.Thread(target=total.backward)
+    thread.start()
+    thread.join()
+    assert sorted(calls) == ["lfi_attend_backward", "lfi_mask_backward"]
+    assert features.grad is not None

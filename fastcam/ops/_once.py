@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcam.backends import backend as forced
+
 __all__ = ["differentiable_once"]
 
 Gradients = tuple[Tensor | None, ...]
@@ -16,7 +18,8 @@ Gradients = tuple[Tensor | None, ...]
 
 def differentiable_once(op: str) -> Callable[[Callable[..., Gradients]], Callable[..., Gradients]]:
     """Decorates backward(ctx, saved tensors, *gradients) of the autograd function of `op`: its results are constants,
-    and a second backward pass through them is a RuntimeError.
+    and a second backward pass through them is a RuntimeError. It runs by `ctx.backend`, that of the forward pass: on
+    GPUs in a thread of autograd's own, where no `fastcam.backend(...)` of the caller's holds.
 
     `torch.autograd.function.once_differentiable` marks them only where the gradients that come in require one: not for
     the sum of the results, say, whose second derivative would silently miss this op's part.
@@ -26,11 +29,12 @@ def differentiable_once(op: str) -> Callable[[Callable[..., Gradients]], Callabl
         @functools.wraps(backward)
         def marked(ctx: Any, *gradients: Tensor | None) -> Gradients:
             saved = ctx.saved_tensors
-            # Graphs of torch.compile refuse second derivatives themselves.
-            if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            if torch.compiler.is_compiling():  # graphs refuse second derivatives themselves
                 return backward(ctx, saved, *gradients)
-            with torch.no_grad():
+            with torch.no_grad(), forced(ctx.backend):
                 found = backward(ctx, saved, *gradients)
+            if not torch.is_grad_enabled():
+                return found
             sources = [each for each in (*saved, *gradients) if each is not None and each.requires_grad]
             return tuple(each if each is None or not sources else _Refusing.apply(op, each, *sources) for each in found)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastcam import reference as references
 from fastcam._dtypes import accumulation_dtype
 from fastcam._library import LIBRARY
-from fastcam.backends import plain_call, register
+from fastcam.backends import chosen, plain_call, register
 from fastcam.ops import _checks
 from fastcam.ops._once import differentiable_once
 from fastcam.ops._plain import run
@@ -68,6 +68,7 @@ class _LfiAttend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, importance: Tensor, constant_map: str) -> tuple[Tensor, Tensor]:
         attended, attention, raw = run("lfi_attend", features, importance, constant_map)
+        ctx.backend = "auto" if torch.compiler.is_compiling() else chosen()
         ctx.save_for_backward(features, importance, attention, raw)
         ctx.constant_map = constant_map
         ctx.set_materialize_grads(False)

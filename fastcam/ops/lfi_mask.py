@@ -10,7 +10,7 @@ from torch import Tensor
 from fastcam import reference as references
 from fastcam._dtypes import accumulation_dtype
 from fastcam._library import LIBRARY
-from fastcam.backends import plain_call, register
+from fastcam.backends import chosen, plain_call, register
 from fastcam.ops import _checks
 from fastcam.ops._once import differentiable_once
 from fastcam.ops._plain import run
@@ -58,6 +58,7 @@ def check_grey(op: str, grey: Tensor, features: Tensor) -> None:
 class _LfiMask(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, features: Tensor, grey: Tensor) -> Tensor:
+        ctx.backend = "auto" if torch.compiler.is_compiling() else chosen()
         ctx.save_for_backward(features, grey)
         return run("lfi_mask", features, grey)
 
