@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Compile every csrc/cuda/*.cu for sm_80 and sm_90, and fail on any error or register spill. The code of sm_90 is made from the
-# PTX of compute_90, which a build for users keeps beside it; here it would be compiled a second time.
+# Compile every csrc/cuda/*.cu for sm_80, for sm_90 and to PTX of the newest architecture that nvcc knows, and fail on any error
+# or register spill. The code of sm_90 is made from the PTX of compute_90, which a build for users keeps beside it; here it would
+# be compiled a second time.
 #
 #   .ci/compile_cuda.sh [python]        python with torch; default $PYTHON, else .venv/bin/python
 #
@@ -21,12 +22,14 @@ fi
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 includes=$("$python" -c 'from torch.utils.cpp_extension import include_paths; print(*("-I" + p for p in include_paths()))')
+newest=$("$nvcc" --list-gpu-arch | sort -V | tail -1)
 abi=$("$python" -c 'import torch; print(int(torch.compiled_with_cxx11_abi()))')
 # c++20 is what cpp_extension passes. C10_CUDA_NO_CMAKE_CONFIGURE_FILE: CPU-only torch does not ship c10's generated CUDA header.
 flags=(-fatbin -O3 -std=c++20 --expt-relaxed-constexpr -Xcompiler -fPIC -Xptxas -v -Icsrc -DC10_CUDA_NO_CMAKE_CONFIGURE_FILE
        -D__CUDA_NO_HALF_OPERATORS__ -D__CUDA_NO_HALF_CONVERSIONS__ -D__CUDA_NO_HALF2_OPERATORS__
        -D__CUDA_NO_BFLOAT16_CONVERSIONS__ "-D_GLIBCXX_USE_CXX11_ABI=$abi"
-       -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90)
+       -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90
+       -gencode "arch=$newest,code=$newest")
 
 compile() {
     local log=$out/$(basename "$1").log
