@@ -22,7 +22,7 @@ from fastcam.methods.eigen_cam import smoothed
 from fastcam.program.forward import Backward, Forward, Session
 from fastcam.program.layers import check_spatial
 from fastcam.program.session import CapturedSession
-from fastcam.program.state import fingerprint, neutral_modes
+from fastcam.program.state import fingerprint, neutral_modes, without_autocast
 from fastcam.program.targets import Targets, TargetSpec, check_count, resolve_targets
 
 #: Straight lines kept by one explainer: one for each image size and kind of targets.
@@ -158,8 +158,9 @@ class Explainer(Network):
     def _with_graph(self, images: torch.Tensor, targets: TargetSpec) -> Attribution:
         """The attribution by the straight line of operators it comes down to, with the model's own parameters."""
         given = _given(images, targets)
-        line, first = self._line(images, targets, given)
-        found = dataclasses.replace(first, **self._with_weights(line, images, given))
+        with without_autocast():
+            line, first = self._line(images, targets, given)
+            found = dataclasses.replace(first, **self._with_weights(line, images, given))
         behaviour = self.options.on_nonfinite or ("raise" if images.device.type == "cpu" else "mask")
         if behaviour == "raise" and not bool(found.valid.all()):
             wrong = int((~found.valid).nonzero()[0])
@@ -176,10 +177,11 @@ class Explainer(Network):
         given = _given(images, targets)
         name = prepared(self, images, None if given else targets, given[0] if given else None)
         line, blank = self._compiled_lines[name]
-        if self.differentiable:
-            return Attribution(**(blank | self._with_weights(line, images, given)))
-        with torch.no_grad():
-            return Attribution(**(blank | line(images, *given)))
+        with torch.autocast(images.device.type, enabled=False):
+            if self.differentiable:
+                return Attribution(**(blank | self._with_weights(line, images, given)))
+            with torch.no_grad():
+                return Attribution(**(blank | line(images, *given)))
 
     def _with_weights(self, line: nn.Module, images: torch.Tensor, given: tuple[torch.Tensor, ...]) -> dict[str, Any]:
         """What a differentiable line makes of the model's own parameters."""
@@ -196,7 +198,8 @@ class Explainer(Network):
         if images.shape[0] == 0:  # no number of images is known by a trace without any
             images = images.new_zeros((1, *images.shape[1:]))
             given = None if given is None else given.new_zeros((1, *given.shape[1:]))
-        line, first = self._line(images, targets if given is None else given, () if given is None else (given,))
+        with without_autocast():
+            line, first = self._line(images, targets if given is None else given, () if given is None else (given,))
         name = f"line {id(line)}"
         self._compiled_lines[name] = line, {f.name: getattr(first, f.name) for f in dataclasses.fields(first)}
         return name

@@ -101,13 +101,47 @@ def test_numbers_are_the_explainers(method, build):
     torch.testing.assert_close(slope, (ends[0] - ends[1]) / 2e-6, rtol=1e-4, atol=1e-6)
 
 
+BLACK = [
+    ("clrp", lambda: nn.Sequential(nn.Conv2d(3, 4, 3, 1, 1, bias=False), nn.ReLU(), Pool(), nn.Linear(4, 5))),
+    pytest.param("attribution_equilibrium", residual, marks=pytest.mark.slow),
+    pytest.param("rap", vgg_like, marks=pytest.mark.slow),
+]
+
+
+class Pool(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.mean((2, 3))
+
+
+@pytest.mark.parametrize(("method", "build"), BLACK)
+def test_black_images_leave_gradients_finite(method, build):
+    """What is divided by 0 is 0, and so is its gradient: that of an image is the same beside a black one."""
+    model = seeded(build).double()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.zero_()
+    x = images(2, side=8)
+    x[0], x[1, :, :5] = 0, 0
+    explainer = fastcam.Explainer(model, method, differentiable=True)
+    weights = torch.linspace(-1, 1, 64, dtype=torch.float64).reshape(8, 8)
+    both, alone = (
+        torch.autograd.grad((explainer(batch, 1).maps * weights).sum(), list(model.parameters()), allow_unused=True)
+        for batch in (x, x[1:])
+    )
+    assert sum(float(gradient.abs().sum()) for gradient in alone if gradient is not None) > 0.01
+    torch.testing.assert_close(both, alone, rtol=1e-9, atol=1e-12)
+
+
 def test_errors():
     model = vgg_like()
     with pytest.raises(fastcam.ExportError, match=r"score_cam.*no straight line"):
         fastcam.Explainer(model, "score_cam", differentiable=True)(images(2, side=16).float())
     explainer = fastcam.Explainer(model, "grad_cam", differentiable=True)
     bad = images(2, side=16).float()
-    assert explainer(bad, 1).maps.requires_grad
+    with torch.autocast("cpu", torch.bfloat16):  # has no say
+        found = explainer(bad, 1)
+    assert found.maps.requires_grad
+    assert torch.equal(found.scores, model(bad))
     with pytest.raises(ValueError, match=r"targets of shape \(1,\) do not fit a batch of 2"):
         explainer(bad, [1])
     bad[1] = torch.nan

@@ -70,7 +70,7 @@ def finish(
         maps, raw, finite = _reduce(features, evidence.weights, reference, relu, scaled, size)
     if signed and normalize:
         largest = maps.flatten(finite.ndim).abs().amax(-1).reshape(*finite.shape, *(1,) * (maps.ndim - finite.ndim))
-        maps = torch.where(largest == 0, 0, maps / largest)
+        maps = maps / torch.where(largest == 0, 1, largest)  # no gradient of it has 0 / 0
     return maps, raw, finite
 
 

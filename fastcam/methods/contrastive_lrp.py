@@ -165,7 +165,8 @@ def _less(found: list[Tensor], share: bool) -> list[Tensor]:
     results = []
     for target, dual in zip(found[::2], found[1::2], strict=True):
         total, other = (x.flatten(1).sum(1) for x in (target, dual))
-        scale = torch.where(other == 0, 0.0, (torch.ones_like(total) if share else total) / other)
+        whole = torch.ones_like(total) if share else total
+        scale = torch.where(other == 0, 0.0, whole / torch.where(other == 0, 1.0, other))
         one = target / torch.where(total == 0, 1.0, total).reshape(-1, *(1,) * (target.ndim - 1)) if share else target
         results.append(one - scale.reshape(-1, *(1,) * (target.ndim - 1)) * dual)
     return results

@@ -49,7 +49,7 @@ class OutputRule(Weighted):
         total, size = products.sum(1, keepdim=True), products.abs().sum(1, keepdim=True)
         bias = 0.0 if layer.bias is None else layer.bias[chosen].unsqueeze(1)
         score = torch.where(total == 0, 0.0, total + bias)
-        return Relevance(torch.where(size == 0, 0.0, products.abs() / size * score))
+        return Relevance(torch.where(size == 0, 0.0, products.abs() / torch.where(size == 0, 1.0, size) * score))
 
 
 @dataclass(frozen=True, eq=False)

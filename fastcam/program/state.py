@@ -25,6 +25,7 @@ __all__ = [
     "neutral_modes",
     "training",
     "unwrap",
+    "without_autocast",
 ]
 
 #: Held while a model is traced, run through a hook, or has its flags set: other threads would see it half changed, and
@@ -106,7 +107,14 @@ def neutral_modes() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _neutralised() -> Iterator[None]:
-    with torch.inference_mode(False), torch.no_grad(), contextlib.ExitStack() as plain:
+    with torch.inference_mode(False), torch.no_grad(), without_autocast():
+        yield
+
+
+@contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Of what dtype tensors are is the explainer's business, not `autocast`'s."""
+    with contextlib.ExitStack() as plain:
         for device in _DEVICES:
             if torch.is_autocast_enabled(device):
                 plain.enter_context(torch.autocast(device, enabled=False))

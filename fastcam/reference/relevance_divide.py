@@ -23,6 +23,7 @@ def scaled(relevance: Tensor, factor: Tensor | None) -> Tensor:
 
 
 def quotient(relevance: Tensor, divisor: Tensor, epsilon: float) -> Tensor:
-    """relevance / (divisor moved away from zero by epsilon), 0 where even that is 0."""
+    """relevance / (divisor moved away from zero by epsilon), 0 where even that is 0; no gradient of it has 0 / 0."""
     moved = torch.where(divisor >= 0, divisor + epsilon, divisor - epsilon) if epsilon else divisor
-    return torch.where(moved == 0, 0.0, relevance / moved)
+    empty = moved == 0
+    return torch.where(empty, 0.0, relevance / torch.where(empty, 1.0, moved))

@@ -233,7 +233,7 @@ def shares(step: StepView, given: list[Any]) -> Given:
     found = []
     for one in given:
         r = one.tensor()
-        message = torch.where(result == 0, 0, r / result)
+        message = torch.where(result == 0, 0, r / _safe(result))
         part = transpose(step.node, message, step.active, step.shapes, step.get)[step.source]
         empty = torch.where(result == 0, r / weights, 0)
         rest = transpose(step.node, empty, step.active, step.shapes, step.get)[step.source]
@@ -251,7 +251,7 @@ def _proportional(
         return {branch: given}
     along, aside = step.get(branch).abs(), step.get(shortcut).abs()
     total = along + aside
-    share = torch.where(total == 0, 0.5, along / total)
+    share = torch.where(total == 0, 0.5, along / _safe(total))
     whole = [one.tensor() for one in given]
     parts = [share * r for r in whole]
     rest = [r - one for r, one in zip(whole, parts, strict=True)]
@@ -261,7 +261,7 @@ def _proportional(
     found = []
     for one, other, weight in zip(down, short, weights, strict=True):
         have, want = ops.relevance_budgets(other), ops.relevance_budgets(one)
-        scale = torch.where(have == 0, 0, want / have)
+        scale = torch.where(have == 0, 0, want / _safe(have))
         positive, negative = (s.reshape(-1, *(1,) * (one.ndim - 1)) for s in scale.unbind(1))
         brought = positive * other.clamp(min=0) + negative * other.clamp(max=0)
         w = weight.reshape(-1, *(1,) * (one.ndim - 1))
@@ -286,7 +286,12 @@ def _size(r: Tensor) -> Tensor:
 
 
 def _ratio(one: Tensor, other: Tensor) -> Tensor:
-    return torch.where(other == 0, 0.5, one / other)
+    return torch.where(other == 0, 0.5, one / _safe(other))
+
+
+def _safe(divisor: Tensor) -> Tensor:
+    """1 for 0 in a trace, whose gradient would have the 0 / 0 that is not chosen; numbers need no such pass."""
+    return torch.where(divisor == 0, 1, divisor) if tracing() else divisor
 
 
 def _branches(program: Program, stop: int, first: int, second: int) -> tuple[tuple[int, int], int]:
