@@ -66,6 +66,18 @@ def test_sizes(backend, size, dtype, layout):
     check(make(size, dtype, 1, layout), make(size, dtype, 2, layout), ranks_of(b, h, w, 1, torch.int32), counts)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_results_larger_than_caches(layout):
+    # Odd images, so that each but the first begins somewhere in a line of the caches.
+    counts = torch.arange(85) * 200
+    check(
+        make((1, 3, 129, 131), torch.float32, 1, layout),
+        make((1, 3, 1, 1), torch.float32, 2),
+        ranks_of(1, 129, 131),
+        counts,
+    )
+
+
 def test_by_hand(backend):
     images = torch.arange(1.0, 5.0).view(1, 1, 2, 2)
     ranks = torch.tensor([[[2, 0], [3, 1]]])
