@@ -141,6 +141,11 @@ def durable_store(root: Path, *, read_only: bool = False) -> Any:
             self._check_writable()
             write_durably(self.root / key, value.to_bytes())
 
+        async def set_if_not_exists(self, key: str, value: Any) -> None:
+            # LocalStore's runs in a thread, which might still be at it when another write has failed and been told.
+            if not (self.root / key).exists():
+                await self.set(key, value)
+
     store: ZarrStore = (LocalStore if read_only else DurableStore)(root, read_only=read_only)
     return store
 
