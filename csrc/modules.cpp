@@ -46,12 +46,23 @@ bool derives_of_any(PyObject* value, const py::tuple& types) {
   return false;
 }
 
+// By a name that is made once.
+PyObject* item(const py::object& dict, PyObject* name) {
+  PyObject* const found = PyDict_GetItemWithError(dict.ptr(), name);
+  if (found == nullptr && PyErr_Occurred()) throw py::error_already_set();
+  return found;
+}
+
 struct Module {
   py::object self, attributes, parameters, children, hooks, pre_hooks;
 };
 
 // Without running Python code, so nobody changes a dictionary meanwhile. False where one is none.
 bool collect(py::handle model, std::vector<Module>& found) {
+  static PyObject *const parameters = PyUnicode_InternFromString("_parameters"),
+                  *const children = PyUnicode_InternFromString("_modules"),
+                  *const hooks = PyUnicode_InternFromString("_forward_hooks"),
+                  *const pre_hooks = PyUnicode_InternFromString("_forward_pre_hooks");
   std::unordered_set<PyObject*> seen = {model.ptr()};
   std::vector<PyObject*> queue = {model.ptr()};
   for (size_t i = 0; i < queue.size(); ++i) {
@@ -59,13 +70,11 @@ bool collect(py::handle model, std::vector<Module>& found) {
     module.self = py::reinterpret_borrow<py::object>(queue[i]);
     module.attributes = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(queue[i], nullptr));
     if (!module.attributes) throw py::error_already_set();
-    const auto part = [&](const char* name) {
-      return py::reinterpret_borrow<py::object>(PyDict_GetItemString(module.attributes.ptr(), name));
-    };
-    module.parameters = part("_parameters");
-    module.children = part("_modules");
-    module.hooks = part("_forward_hooks");
-    module.pre_hooks = part("_forward_pre_hooks");
+    const auto part = [&](PyObject* name) { return py::reinterpret_borrow<py::object>(item(module.attributes, name)); };
+    module.parameters = part(parameters);
+    module.children = part(children);
+    module.hooks = part(hooks);
+    module.pre_hooks = part(pre_hooks);
     for (const py::object* each : {&module.parameters, &module.children, &module.hooks, &module.pre_hooks}) {
       if (!*each || !PyDict_Check(each->ptr())) return false;
     }
@@ -103,6 +112,7 @@ py::object outline(py::handle model, py::handle token, py::dict tokens, py::froz
     numbers[module.self.ptr()] = token_of(module.self.ptr(), token, tokens).cast<uint64_t>();
   }
   Digest digest;
+  static PyObject* const training_name = PyUnicode_InternFromString("training");
   bool training = false;
   const auto add_value = [&](PyObject* value) {
     if (contains(scalars, reinterpret_cast<PyObject*>(Py_TYPE(value)))) digest.add_hash(value);
@@ -143,7 +153,7 @@ py::object outline(py::handle model, py::handle token, py::dict tokens, py::froz
       const auto number = numbers.find(value);  // None has none, nor what was put there since
       digest.add(number == numbers.end() ? ~uint64_t{0} : number->second);
     }
-    PyObject* flag = PyDict_GetItemString(module.attributes.ptr(), "training");
+    PyObject* flag = item(module.attributes, training_name);
     training |= flag != nullptr && PyObject_IsTrue(flag) == 1;
   }
   return py::make_tuple(digest.value(), training);

@@ -9,7 +9,7 @@ namespace fastcam::cpu {
 template <typename E>
 constexpr int kPlainPixels = 64 / sizeof(E);  // of a plain source: as many as fit the widest vector
 
-// An image: row r, and in it pixel i, is at p + r * row + i * step. A plain one has kPlainPixels pixels, which serve all.
+// An image: row r of pixels is at p + r * row. A plain one has kPlainPixels pixels, which serve all.
 template <typename E>
 struct Source {
   const E* p;
